@@ -1,0 +1,2 @@
+//! Load generator for Hubcast.
+fn main() {}

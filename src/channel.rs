@@ -1,0 +1,318 @@
+//! One channel: its subscribers, those who wait for it to become live, and its order lock.
+//!
+//! **One order per channel**: every push that a client can see in relation to others on the
+//! channel (publications, `subscribed`, `unsubscribed`, `gap`) happens under the order lock, with
+//! no I/O and no await. Lock order: channel, then outbox. Connections that overflow are only
+//! marked; they are closed after the lock is released.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::clock;
+use crate::event;
+use crate::frame::Frame;
+use crate::members::{Members, Position};
+use crate::outbox::Push;
+use crate::publication::{Format, Publication};
+use crate::upstream::{Step, Upstream};
+
+/// Most replies that can wait for one pending subscription: repeats of the same command.
+const PENDING_REPLIES_MAX: usize = 16;
+
+/// Somebody a channel can deliver to.
+pub trait Subscriber: Clone {
+    /// Which encoding it takes.
+    fn format(&self) -> Format;
+
+    /// Queues a frame in its outbox. No I/O, no wait.
+    fn push(&self, frame: &Arc<Frame>) -> Push;
+}
+
+/// What a run of pushes set in motion, to be acted on once all locks are released.
+#[derive(Debug)]
+pub struct Fanout<S> {
+    /// Subscribers whose write right we took: they must be flushed. Grouped so that channels take turns.
+    pub jobs: Vec<Vec<S>>,
+    /// Subscribers that are behind through no fault of their own: publishing goes on when they have room.
+    pub late: Vec<S>,
+    /// Slow consumers to be closed.
+    pub slow: Vec<S>,
+}
+
+impl<S> Default for Fanout<S> {
+    fn default() -> Self {
+        Self { jobs: Vec::new(), late: Vec::new(), slow: Vec::new() }
+    }
+}
+
+impl<S: Subscriber> Fanout<S> {
+    /// Up to this size, jobs of several channels are put together.
+    const SMALL_JOB: usize = 64;
+
+    /// Pushes a frame and keeps account of the consequences. True if it was queued.
+    pub fn push(&mut self, subscriber: &S, frame: &Arc<Frame>) -> bool {
+        match subscriber.push(frame) {
+            Push::Queued => true,
+            Push::Schedule => {
+                self.schedule(subscriber.clone());
+                true
+            }
+            Push::Late => {
+                self.late.push(subscriber.clone());
+                true
+            }
+            Push::Slow => {
+                self.slow.push(subscriber.clone());
+                false
+            }
+            Push::Closed => false,
+        }
+    }
+
+    /// Has a subscriber flushed whose write right the caller took.
+    pub fn schedule(&mut self, subscriber: S) {
+        match self.jobs.last_mut() {
+            Some(job) => job.push(subscriber),
+            None => self.jobs.push(vec![subscriber]),
+        }
+    }
+
+    /// Starts a new job unless the last one is still small.
+    fn next_channel(&mut self) {
+        if self.jobs.last().is_some_and(|job| job.len() >= Self::SMALL_JOB) {
+            self.jobs.push(Vec::new());
+        }
+    }
+}
+
+/// A channel of the hub.
+#[derive(Debug)]
+pub struct Channel<S> {
+    name: Arc<str>,
+    state: Mutex<State<S>>,
+    /// The channel waits in the hub's list of changed ones.
+    pub(crate) is_listed: AtomicBool,
+}
+
+#[derive(Debug)]
+struct State<S> {
+    members: Members<S>,
+    /// Subscriptions that are confirmed to the client once the channel is live.
+    pending: Vec<Pending<S>>,
+    upstream: Upstream,
+    /// When the last subscriber left (µs); `None` while there is one.
+    idle_since_us: Option<u64>,
+    /// The link was lost while there were members: they are told when it is back.
+    owes_gap: bool,
+    /// Taken out of the hub; whoever still holds it must look the name up again.
+    is_removed: bool,
+}
+
+#[derive(Debug)]
+struct Pending<S> {
+    subscriber: S,
+    replies: Vec<Arc<Frame>>,
+    seat: Arc<AtomicU64>,
+}
+
+/// A place in a channel, kept by the subscription.
+#[derive(Debug)]
+pub enum Ticket {
+    /// Joined at once.
+    Joined(Position),
+    /// Waited for the channel to become live; the seat holds [`NO_SEAT`] or the position.
+    Pending(Arc<AtomicU64>),
+}
+
+/// The value of a seat that is still waited for.
+const NO_SEAT: u64 = u64::MAX;
+
+/// What joining came to.
+pub(crate) enum Join {
+    /// The ticket, and whether the multiplexer must be told.
+    Done(Ticket, bool),
+    /// The channel was removed in the meantime.
+    Removed,
+}
+
+impl<S: Subscriber> Channel<S> {
+    pub(crate) fn new(name: &str, upstream: Upstream) -> Self {
+        let state = State {
+            members: Members::default(),
+            pending: Vec::new(),
+            upstream,
+            idle_since_us: Some(clock::now_us()),
+            owes_gap: false,
+            is_removed: false,
+        };
+        Self { name: name.into(), state: Mutex::new(state), is_listed: AtomicBool::new(false) }
+    }
+
+    /// The channel's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The name as the hub's map keys it.
+    pub(crate) fn shared_name(&self) -> Arc<str> {
+        Arc::clone(&self.name)
+    }
+
+    /// Subscribers that are joined, and those that wait for the channel to become live.
+    pub fn counts(&self) -> (usize, usize) {
+        let state = self.state.lock();
+        (state.members.len(), state.pending.len())
+    }
+
+    /// The joined and the waiting subscribers.
+    pub fn subscribers(&self) -> Vec<S> {
+        let state = self.state.lock();
+        state.members.iter().chain(state.pending.iter().map(|pending| &pending.subscriber)).cloned().collect()
+    }
+
+    /// Pushes the publication to every member, in one go; returns how many took it.
+    pub fn publish(&self, publication: &Publication<'_>, fanout: &mut Fanout<S>) -> usize {
+        fanout.next_channel();
+        let state = self.state.lock();
+        state.members.iter().filter(|member| fanout.push(member, publication.frame(member.format()))).count()
+    }
+
+    /// Joins now if the channel is live (`reply` goes first), or as soon as it is.
+    pub(crate) fn join(&self, subscriber: &S, reply: Option<&Arc<Frame>>, fanout: &mut Fanout<S>) -> Join {
+        let mut state = self.state.lock();
+        if state.is_removed {
+            return Join::Removed;
+        }
+        state.idle_since_us = None;
+        if state.upstream == Upstream::Live {
+            reply.inspect(|reply| {
+                fanout.push(subscriber, reply);
+            });
+            return Join::Done(Ticket::Joined(state.members.insert(subscriber.clone())), false);
+        }
+        let seat = Arc::new(AtomicU64::new(NO_SEAT));
+        let replies = reply.cloned().into_iter().collect();
+        state.pending.push(Pending { subscriber: subscriber.clone(), replies, seat: Arc::clone(&seat) });
+        Join::Done(Ticket::Pending(seat), state.upstream == Upstream::Absent)
+    }
+
+    /// Answers a repeated subscribe: at once if joined, else together with the first. False: too many wait already.
+    pub(crate) fn repeat(&self, ticket: &Ticket, subscriber: &S, reply: &Arc<Frame>, fanout: &mut Fanout<S>) -> bool {
+        let mut state = self.state.lock();
+        let Some(pending) = ticket.seat().and_then(|seat| state.pending_of(seat)) else {
+            fanout.push(subscriber, reply);
+            return true;
+        };
+        let has_room = pending.replies.len() < PENDING_REPLIES_MAX;
+        if has_room {
+            pending.replies.push(Arc::clone(reply));
+        }
+        has_room
+    }
+
+    /// Removes a subscriber, then pushes `reply` to it. Returns true when nobody is left.
+    pub(crate) fn leave(&self, ticket: &Ticket, reply: Option<(&S, &Arc<Frame>)>, fanout: &mut Fanout<S>) -> bool {
+        let mut state = self.state.lock();
+        let position = match ticket {
+            Ticket::Joined(position) => Some(*position),
+            Ticket::Pending(seat) => match seat.load(Ordering::Relaxed) {
+                NO_SEAT => None,
+                number => Some(Position::from_u64(number)),
+            },
+        };
+        match (position, ticket.seat()) {
+            (Some(position), _) => drop(state.members.remove(position)),
+            (None, Some(seat)) => state.pending.retain(|pending| !Arc::ptr_eq(&pending.seat, seat)),
+            (None, None) => {}
+        }
+        if let Some((subscriber, reply)) = reply {
+            fanout.push(subscriber, reply);
+        }
+        let is_last = state.members.is_empty() && state.pending.is_empty();
+        if is_last {
+            state.idle_since_us = Some(clock::now_us());
+        }
+        is_last
+    }
+
+    /// Marks the channel as removed if nobody is in it and Redis does not have it either.
+    /// Called under the map's shard lock.
+    pub(crate) fn remove_if_unused(&self, is_upstream_on: bool) -> bool {
+        let mut state = self.state.lock();
+        let at_redis = is_upstream_on && state.upstream != Upstream::Absent;
+        state.is_removed = state.members.is_empty() && state.pending.is_empty() && !at_redis;
+        state.is_removed
+    }
+
+    /// The multiplexer's next step for this channel.
+    pub fn reconcile(&self, now_us: u64) -> Step {
+        let mut state = self.state.lock();
+        let idle_since_us = state.idle_since_us;
+        state.upstream.reconcile(idle_since_us, now_us)
+    }
+
+    /// Redis confirmed the SUBSCRIBE: tells members of the gap they are owed, then lets those who waited in.
+    /// True if there was a gap to tell.
+    pub fn confirm_subscribe(&self, fanout: &mut Fanout<S>) -> bool {
+        let mut state = self.state.lock();
+        if !state.upstream.confirm_subscribe() {
+            return false;
+        }
+        let had_gap = std::mem::take(&mut state.owes_gap);
+        if had_gap {
+            state.tell_gap(&self.name, fanout);
+        }
+        for pending in std::mem::take(&mut state.pending) {
+            for reply in &pending.replies {
+                fanout.push(&pending.subscriber, reply);
+            }
+            let position = state.members.insert(pending.subscriber);
+            pending.seat.store(position.to_u64(), Ordering::Relaxed);
+        }
+        had_gap
+    }
+
+    /// Redis confirmed the UNSUBSCRIBE, or ended the subscription itself.
+    pub fn confirm_unsubscribe(&self) {
+        let mut state = self.state.lock();
+        let was_live = state.upstream.confirm_unsubscribe();
+        state.owes_gap |= was_live && !state.members.is_empty();
+    }
+
+    /// The link is lost, or Redis refused the SUBSCRIBE.
+    pub fn lose_upstream(&self) {
+        let mut state = self.state.lock();
+        state.upstream.lose();
+        state.owes_gap |= !state.members.is_empty();
+    }
+
+    /// A message of the channel was dropped on its way here: tells the members now.
+    pub fn tell_gap(&self, fanout: &mut Fanout<S>) {
+        self.state.lock().tell_gap(&self.name, fanout);
+    }
+}
+
+impl<S: Subscriber> State<S> {
+    fn pending_of(&mut self, seat: &Arc<AtomicU64>) -> Option<&mut Pending<S>> {
+        self.pending.iter_mut().find(|pending| Arc::ptr_eq(&pending.seat, seat))
+    }
+
+    /// Raw subscribers get payloads and nothing else: for them a gap is only counted.
+    fn tell_gap(&self, name: &str, fanout: &mut Fanout<S>) {
+        let frame = event::upstream_gap(name);
+        for member in self.members.iter().filter(|member| member.format() == Format::Json) {
+            fanout.push(member, &frame);
+        }
+    }
+}
+
+impl Ticket {
+    fn seat(&self) -> Option<&Arc<AtomicU64>> {
+        match self {
+            Self::Joined(_) => None,
+            Self::Pending(seat) => Some(seat),
+        }
+    }
+}

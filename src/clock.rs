@@ -1,0 +1,19 @@
+//! The process's one clock: monotonic, in microseconds since the first call.
+//!
+//! A plain `u64` fits into atomics and frames, and every age in the gateway is a
+//! difference of two of these. Wall-clock jumps move nothing.
+
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
+
+static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+/// Microseconds since the process started. Zero is never returned, so it can mean "not yet".
+pub fn now_us() -> u64 {
+    START.elapsed().as_micros() as u64 + 1
+}
+
+/// A duration in the clock's unit.
+pub const fn micros(duration: Duration) -> u64 {
+    duration.as_micros() as u64
+}

@@ -1,0 +1,120 @@
+//! Every way a connection ends: the close code, the reason text and the metric label, in one table.
+//!
+//! Codes are those of RFC 6455 §7.4.1 and the IANA registry; 4101 is ours. A reason text
+//! stays under the 123 bytes that a close frame has room for.
+
+use std::borrow::Cow;
+
+/// Why a connection ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CloseReason {
+    /// The peer sent a close frame; its code (if any) is echoed.
+    Client(Option<u16>),
+    /// The socket ended or failed without a close frame.
+    Lost,
+    /// The peer broke RFC 6455; the text says how.
+    ProtocolError(&'static str),
+    /// A frame type this endpoint does not take, such as binary on the JSON protocol.
+    UnsupportedData(&'static str),
+    /// Text that is not UTF-8.
+    InvalidPayload,
+    /// Too many fragments, or a message that took too long to arrive.
+    Policy(&'static str),
+    /// A message above `HUBCAST_MESSAGE_BYTES_MAX`.
+    TooBig,
+    /// The gateway itself failed.
+    Internal,
+    /// Planned restart: come back, spread out.
+    Drain,
+    /// Nothing at all arrived within the pong timeout after our ping.
+    Timeout,
+    /// The connection's own socket refused bytes for too long or for too many messages.
+    SlowConsumer,
+    /// The API asked for it (`POST /api/disconnect`).
+    Disconnected {
+        /// The close code to send.
+        code: u16,
+        /// The reason text to send, at most 123 bytes.
+        reason: Box<str>,
+    },
+}
+
+impl CloseReason {
+    /// Every label that [`CloseReason::label`] can return, for metrics that start at zero.
+    pub const LABELS: [&'static str; 12] = [
+        "client",
+        "lost",
+        "protocol_error",
+        "unsupported_data",
+        "invalid_payload",
+        "policy",
+        "too_big",
+        "internal",
+        "drain",
+        "timeout",
+        "slow_consumer",
+        "disconnected",
+    ];
+
+    /// The close code to send, or `None` where the peer's close frame had none.
+    pub fn code(&self) -> Option<u16> {
+        Some(match self {
+            Self::Client(code) => return *code,
+            Self::Lost | Self::Internal => 1011,
+            Self::ProtocolError(_) => 1002,
+            Self::UnsupportedData(_) => 1003,
+            Self::InvalidPayload => 1007,
+            Self::Policy(_) => 1008,
+            Self::TooBig => 1009,
+            Self::Drain => 1012,
+            Self::Timeout => 3008,
+            Self::SlowConsumer => 4101,
+            Self::Disconnected { code, .. } => *code,
+        })
+    }
+
+    /// The reason text of the close frame.
+    pub fn text(&self) -> Cow<'_, str> {
+        Cow::Borrowed(match self {
+            Self::Client(_) => "",
+            Self::Lost => "connection lost",
+            Self::ProtocolError(what) | Self::UnsupportedData(what) | Self::Policy(what) => what,
+            Self::InvalidPayload => "text is not UTF-8",
+            Self::TooBig => "message too big",
+            Self::Internal => "internal error",
+            Self::Drain => "server restarting, come back",
+            Self::Timeout => "nothing arrived after our ping",
+            Self::SlowConsumer => "slow consumer",
+            Self::Disconnected { reason, .. } => reason,
+        })
+    }
+
+    /// The label of `hubcast_connections_closed_total{reason}`.
+    pub fn label(&self) -> &'static str {
+        Self::LABELS[self.index()]
+    }
+
+    /// Position in [`CloseReason::LABELS`].
+    pub fn index(&self) -> usize {
+        match self {
+            Self::Client(_) => 0,
+            Self::Lost => 1,
+            Self::ProtocolError(_) => 2,
+            Self::UnsupportedData(_) => 3,
+            Self::InvalidPayload => 4,
+            Self::Policy(_) => 5,
+            Self::TooBig => 6,
+            Self::Internal => 7,
+            Self::Drain => 8,
+            Self::Timeout => 9,
+            Self::SlowConsumer => 10,
+            Self::Disconnected { .. } => 11,
+        }
+    }
+
+    /// Whether frames accepted before the close are still sent before the close frame.
+    /// A slow consumer's are not: its socket is the one that would not take them.
+    pub fn keeps_queue(&self) -> bool {
+        !matches!(self, Self::SlowConsumer | Self::Timeout | Self::Lost)
+    }
+}

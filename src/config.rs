@@ -1,0 +1,396 @@
+//! Configuration: every `HUBCAST_` variable, its default, and why that default.
+//!
+//! Pure: [`Config::from_env`] takes the variables as a list, and `main` alone passes it the real
+//! ones. A bad value or an unknown name stops the start with one line that says what is allowed.
+//!
+//! Memory of a connection at the defaults: about 1 KiB idle; at most the outbox bound of 1 MiB plus one
+//! publication more while its socket refuses bytes, and that for at most 10 s; plus a message that
+//! is arriving, at most 64 KiB. The kernel keeps up to 128 KiB of unsent bytes beside it.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+
+use crate::outbox;
+use crate::rules::ChannelRules;
+
+/// A variable, as `--help`, the README and the parser see it.
+#[derive(Debug)]
+pub struct Variable {
+    /// The name.
+    pub name: &'static str,
+    /// The default as one would write it; empty where there is none.
+    pub default: &'static str,
+    /// What it is, and why the default.
+    pub help: &'static str,
+}
+
+const fn variable(name: &'static str, default: &'static str, help: &'static str) -> Variable {
+    Variable { name, default, help }
+}
+
+/// All variables.
+pub const VARIABLES: &[Variable] = &[
+    variable(
+        "HUBCAST_LISTEN",
+        "127.0.0.1:8080",
+        "Public listener (WebSocket). Loopback: nothing is exposed by accident.",
+    ),
+    variable("HUBCAST_INTERNAL_LISTEN", "127.0.0.1:8081", "Internal listener (API, health, metrics). Never expose it."),
+    variable("HUBCAST_INSECURE_INTERNAL", "false", "Allows an internal listener off loopback without API keys."),
+    variable("HUBCAST_API_KEYS", "", "Comma list of keys for /api. Without any, none is needed."),
+    variable(
+        "HUBCAST_REDIS_URL",
+        "",
+        "redis://[user:password@]host:port[/db]. Without it the instance is complete on its own.",
+    ),
+    variable(
+        "HUBCAST_REDIS_CHANNEL_PREFIX",
+        "hub:",
+        "Goes before every channel name at Redis, so that other users of it do not collide.",
+    ),
+    variable("HUBCAST_WORKER_THREADS", "", "Worker threads. Default: one per core that the process may use."),
+    variable(
+        "HUBCAST_CONNECTIONS_MAX",
+        "",
+        "Most WebSocket connections. Default: the file limit less 200 for everything else.",
+    ),
+    variable(
+        "HUBCAST_PING_INTERVAL",
+        "54s",
+        "Ping interval: below the 60 s after which common proxies cut idle connections.",
+    ),
+    variable(
+        "HUBCAST_PONG_TIMEOUT",
+        "10s",
+        "How long nothing at all may arrive after a ping. Mobile radios take seconds to wake.",
+    ),
+    variable("HUBCAST_WRITE_TIMEOUT", "10s", "Oldest age of an unsent frame once the socket refuses bytes; then 4101."),
+    variable("HUBCAST_HANDSHAKE_TIMEOUT", "10s", "For request heads, bodies and the upgrade. Slower ones are attacks."),
+    variable("HUBCAST_PUBLISH_TIMEOUT", "2s", "How long Redis may take to confirm a publish before the answer is 504."),
+    variable(
+        "HUBCAST_OUTBOX_MESSAGES",
+        "1024",
+        "Frames that wait for one connection: one vectored write takes that many.",
+    ),
+    variable("HUBCAST_OUTBOX_BYTES", "1MiB", "Bytes that wait for one connection: seconds of a slow mobile link."),
+    variable("HUBCAST_MESSAGE_BYTES_MAX", "64KiB", "Largest message from a client: commands are small."),
+    variable("HUBCAST_PUBLISH_BYTES_MAX", "1MiB", "Largest payload of a publication, from anywhere."),
+    variable("HUBCAST_SUBSCRIPTIONS_MAX", "128", "Subscriptions of one connection: a page needs a few dozen."),
+    variable(
+        "HUBCAST_DRAIN_TIME",
+        "20s",
+        "Closes are spread over this on SIGTERM: below the 30 s that Kubernetes waits.",
+    ),
+    variable(
+        "HUBCAST_CHANNEL_RULES",
+        "",
+        "JSON list of rules, first match wins: {\"match\":\"chat:*\",\"client_publish\":true,\"slow\":\"close\"}. Without any, clients may publish everywhere.",
+    ),
+    variable("HUBCAST_LOG", "info", "Log filter: a level, or directives such as hubcast=debug."),
+    variable("HUBCAST_LOG_FORMAT", "text", "text or json."),
+];
+
+/// Names that Kubernetes injects for a Service called `hubcast`, with `HUBCAST_` cut off.
+const KUBERNETES: [&str; 3] = ["SERVICE_", "PORT_", "PORT"];
+
+/// Descriptors kept for everything that is not a WebSocket connection: the internal listener's
+/// connections, refusals in progress, Redis, the runtime.
+pub const RESERVED_FILES: usize = 200;
+
+/// The effective configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `HUBCAST_LISTEN`
+    pub listen: SocketAddr,
+    /// `HUBCAST_INTERNAL_LISTEN`
+    pub internal_listen: SocketAddr,
+    /// `HUBCAST_API_KEYS`
+    pub api_keys: Vec<String>,
+    /// `HUBCAST_REDIS_URL`
+    pub redis_url: Option<String>,
+    /// `HUBCAST_REDIS_CHANNEL_PREFIX`
+    pub redis_channel_prefix: String,
+    /// How often a probe goes through Redis; not a variable, for tests.
+    pub redis_probe_interval: Duration,
+    /// `HUBCAST_WORKER_THREADS`
+    pub worker_threads: usize,
+    /// `HUBCAST_CONNECTIONS_MAX`; `None`: what the file limit allows.
+    pub connections_max: Option<usize>,
+    /// `HUBCAST_PING_INTERVAL`
+    pub ping_interval: Duration,
+    /// `HUBCAST_PONG_TIMEOUT`
+    pub pong_timeout: Duration,
+    /// `HUBCAST_WRITE_TIMEOUT`
+    pub write_timeout: Duration,
+    /// `HUBCAST_HANDSHAKE_TIMEOUT`
+    pub handshake_timeout: Duration,
+    /// `HUBCAST_PUBLISH_TIMEOUT`
+    pub publish_timeout: Duration,
+    /// `HUBCAST_OUTBOX_MESSAGES` and `HUBCAST_OUTBOX_BYTES`
+    pub outbox: outbox::Limits,
+    /// `HUBCAST_MESSAGE_BYTES_MAX`
+    pub message_bytes_max: usize,
+    /// `HUBCAST_PUBLISH_BYTES_MAX`
+    pub publish_bytes_max: usize,
+    /// `HUBCAST_SUBSCRIPTIONS_MAX`
+    pub subscriptions_max: usize,
+    /// `HUBCAST_DRAIN_TIME`
+    pub drain_time: Duration,
+    /// `HUBCAST_CHANNEL_RULES`
+    pub channel_rules: ChannelRules,
+    /// `HUBCAST_LOG`
+    pub log: String,
+    /// `HUBCAST_LOG_FORMAT` is `json`.
+    pub log_json: bool,
+    /// `--echo`
+    pub echo: bool,
+    /// Lines to log at start: what was ignored, and why.
+    pub notes: Vec<String>,
+}
+
+/// What is wrong with a variable, in one line.
+#[derive(Debug)]
+pub struct ConfigError(String);
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+impl Config {
+    /// Reads the variables among `env` that start with `HUBCAST_`.
+    ///
+    /// # Errors
+    /// The first variable that is unknown or has a bad value.
+    pub fn from_env(env: impl IntoIterator<Item = (String, String)>) -> Result<Self, ConfigError> {
+        let values = Values::collect(env)?;
+        let config = Self {
+            listen: values.get("HUBCAST_LISTEN", "an address and port such as 0.0.0.0:8080", address)?,
+            internal_listen: values.get(
+                "HUBCAST_INTERNAL_LISTEN",
+                "an address and port such as 127.0.0.1:8081",
+                address,
+            )?,
+            api_keys: values.get("HUBCAST_API_KEYS", "a comma list of keys", |list| Some(comma_list(list)))?,
+            redis_url: values.get("HUBCAST_REDIS_URL", "redis://[user:password@]host:port[/db]", redis_url)?,
+            redis_channel_prefix: values.text("HUBCAST_REDIS_CHANNEL_PREFIX"),
+            redis_probe_interval: Duration::from_secs(5),
+            worker_threads: values.get("HUBCAST_WORKER_THREADS", "a number from 1 to 1024", |text| match text {
+                "" => Some(std::thread::available_parallelism().map_or(1, usize::from)),
+                text => whole(text, 1, 1024),
+            })?,
+            connections_max: values.get("HUBCAST_CONNECTIONS_MAX", "a number from 1", |text| match text {
+                "" => Some(None),
+                text => whole(text, 1, usize::MAX).map(Some),
+            })?,
+            ping_interval: values.duration("HUBCAST_PING_INTERVAL")?,
+            pong_timeout: values.duration("HUBCAST_PONG_TIMEOUT")?,
+            write_timeout: values.duration("HUBCAST_WRITE_TIMEOUT")?,
+            handshake_timeout: values.duration("HUBCAST_HANDSHAKE_TIMEOUT")?,
+            publish_timeout: values.duration("HUBCAST_PUBLISH_TIMEOUT")?,
+            outbox: outbox::Limits {
+                messages: values.number("HUBCAST_OUTBOX_MESSAGES")?,
+                bytes: values.size("HUBCAST_OUTBOX_BYTES")?,
+            },
+            message_bytes_max: values.size("HUBCAST_MESSAGE_BYTES_MAX")?,
+            publish_bytes_max: values.size("HUBCAST_PUBLISH_BYTES_MAX")?,
+            subscriptions_max: values.number("HUBCAST_SUBSCRIPTIONS_MAX")?,
+            drain_time: values.duration("HUBCAST_DRAIN_TIME")?,
+            channel_rules: values.channel_rules()?,
+            log: values.get("HUBCAST_LOG", "a level (error, warn, info, debug, trace) or directives", log_filter)?,
+            log_json: values.get("HUBCAST_LOG_FORMAT", "text or json", log_format)?,
+            echo: false,
+            notes: values.notes.clone(),
+        };
+        values.check_internal(&config)?;
+        Ok(config)
+    }
+
+    /// Reads the process's own variables; ones that are not UTF-8 are not ours.
+    ///
+    /// # Errors
+    /// As [`Config::from_env`].
+    pub fn from_process_env() -> Result<Self, ConfigError> {
+        let env = std::env::vars_os();
+        Self::from_env(env.filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))))
+    }
+
+    /// The effective value of each variable, one a line, secrets masked.
+    pub fn print(&self, connections_max: usize) -> String {
+        let size = |bytes: usize| ByteSize(bytes as u64).display().iec().to_string().replace(' ', "");
+        let time = |duration: Duration| humantime::format_duration(duration).to_string().replace(' ', "");
+        let mask = |secret: &str| if secret.is_empty() { String::new() } else { "***".to_owned() };
+        let lines: Vec<String> = VARIABLES
+            .iter()
+            .map(|variable| {
+                let value = match variable.name {
+                    "HUBCAST_LISTEN" => self.listen.to_string(),
+                    "HUBCAST_INTERNAL_LISTEN" => self.internal_listen.to_string(),
+                    "HUBCAST_API_KEYS" => self.api_keys.iter().map(|key| mask(key)).collect::<Vec<_>>().join(","),
+                    "HUBCAST_REDIS_URL" => self.redis_url.as_deref().map(masked_url).unwrap_or_default(),
+                    "HUBCAST_REDIS_CHANNEL_PREFIX" => self.redis_channel_prefix.clone(),
+                    "HUBCAST_WORKER_THREADS" => self.worker_threads.to_string(),
+                    "HUBCAST_CONNECTIONS_MAX" => connections_max.to_string(),
+                    "HUBCAST_PING_INTERVAL" => time(self.ping_interval),
+                    "HUBCAST_PONG_TIMEOUT" => time(self.pong_timeout),
+                    "HUBCAST_WRITE_TIMEOUT" => time(self.write_timeout),
+                    "HUBCAST_HANDSHAKE_TIMEOUT" => time(self.handshake_timeout),
+                    "HUBCAST_PUBLISH_TIMEOUT" => time(self.publish_timeout),
+                    "HUBCAST_OUTBOX_MESSAGES" => self.outbox.messages.to_string(),
+                    "HUBCAST_OUTBOX_BYTES" => size(self.outbox.bytes),
+                    "HUBCAST_MESSAGE_BYTES_MAX" => size(self.message_bytes_max),
+                    "HUBCAST_PUBLISH_BYTES_MAX" => size(self.publish_bytes_max),
+                    "HUBCAST_SUBSCRIPTIONS_MAX" => self.subscriptions_max.to_string(),
+                    "HUBCAST_DRAIN_TIME" => time(self.drain_time),
+                    "HUBCAST_LOG" => self.log.clone(),
+                    "HUBCAST_LOG_FORMAT" => if self.log_json { "json" } else { "text" }.to_owned(),
+                    _ => String::new(),
+                };
+                format!("{}={value}\n", variable.name)
+            })
+            .collect();
+        lines.concat()
+    }
+}
+
+/// The given variables over the defaults.
+struct Values {
+    given: HashMap<String, String>,
+    notes: Vec<String>,
+}
+
+impl Values {
+    fn collect(env: impl IntoIterator<Item = (String, String)>) -> Result<Self, ConfigError> {
+        let mut values = Self { given: HashMap::new(), notes: Vec::new() };
+        let mut ignored = Vec::new();
+        for (name, value) in env {
+            if VARIABLES.iter().any(|variable| variable.name == name) {
+                values.given.insert(name, value);
+            } else if is_from_kubernetes(&name) {
+                ignored.push(name);
+            } else if name.starts_with("HUBCAST_") {
+                return Err(unknown(&name));
+            }
+        }
+        if !ignored.is_empty() {
+            ignored.sort_unstable();
+            values.notes.push(format!("ignored, as injected by Kubernetes for a Service: {}", ignored.join(" ")));
+        }
+        Ok(values)
+    }
+
+    fn text(&self, name: &str) -> String {
+        let default = VARIABLES.iter().find(|variable| variable.name == name).map_or("", |variable| variable.default);
+        self.given.get(name).map_or(default, String::as_str).trim().to_owned()
+    }
+
+    fn get<T>(&self, name: &str, allowed: &str, parse: impl Fn(&str) -> Option<T>) -> Result<T, ConfigError> {
+        let text = self.text(name);
+        parse(&text).ok_or_else(|| {
+            let shown = if name == "HUBCAST_REDIS_URL" { masked_url(&text) } else { text.clone() };
+            ConfigError(format!("{name}={shown}: allowed is {allowed}"))
+        })
+    }
+
+    fn duration(&self, name: &str) -> Result<Duration, ConfigError> {
+        let allowed = "a duration from 1ms to 1day such as 500ms, 10s or 2m";
+        let range = Duration::from_millis(1)..=Duration::from_secs(86_400);
+        self.get(name, allowed, |text| humantime::parse_duration(text).ok().filter(|duration| range.contains(duration)))
+    }
+
+    fn size(&self, name: &str) -> Result<usize, ConfigError> {
+        let parse = |text: &str| text.parse::<ByteSize>().ok().map(|size| size.0 as usize);
+        let allowed = "a size from 1 byte to 1GiB such as 64KiB or 1MiB";
+        self.get(name, allowed, |text| parse(text).filter(|bytes| (1..=1 << 30).contains(bytes)))
+    }
+
+    fn number(&self, name: &str) -> Result<usize, ConfigError> {
+        self.get(name, "a number from 1 to 1000000", |text| whole(text, 1, 1_000_000))
+    }
+
+    fn channel_rules(&self) -> Result<ChannelRules, ConfigError> {
+        let text = self.text("HUBCAST_CHANNEL_RULES");
+        if text.is_empty() {
+            return Ok(ChannelRules::default());
+        }
+        ChannelRules::parse(&text).map_err(|error| {
+            let allowed = r#"a list such as [{"match":"chat:*","client_publish":true,"slow":"close"}]"#;
+            ConfigError(format!("HUBCAST_CHANNEL_RULES={text}: {error}; allowed is {allowed}"))
+        })
+    }
+
+    /// An API that anybody on the network can use must be said explicitly.
+    fn check_internal(&self, config: &Config) -> Result<(), ConfigError> {
+        let is_insecure_allowed: bool =
+            self.get("HUBCAST_INSECURE_INTERNAL", "true or false", |text| text.parse().ok())?;
+        let is_open = !config.internal_listen.ip().is_loopback() && config.api_keys.is_empty();
+        if is_open && !is_insecure_allowed {
+            return Err(ConfigError(format!(
+                "HUBCAST_INTERNAL_LISTEN={}: off loopback, allowed only with HUBCAST_API_KEYS or HUBCAST_INSECURE_INTERNAL=true",
+                config.internal_listen
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// `HUBCAST_SERVICE_*`, `HUBCAST_PORT`, `HUBCAST_PORT_*`, also with a suffix of the Service's name before them.
+fn is_from_kubernetes(name: &str) -> bool {
+    let Some(rest) = name.strip_prefix("HUBCAST_") else { return false };
+    rest == "PORT"
+        || KUBERNETES[..2].iter().any(|injected| rest.starts_with(injected) || rest.contains(&format!("_{injected}")))
+        || rest.ends_with(&format!("_{}", KUBERNETES[2]))
+}
+
+fn unknown(name: &str) -> ConfigError {
+    let nearest = VARIABLES
+        .iter()
+        .max_by(|a, b| strsim::jaro_winkler(name, a.name).total_cmp(&strsim::jaro_winkler(name, b.name)));
+    ConfigError(format!("{name}: unknown, did you mean {}?", nearest.map_or("", |variable| variable.name)))
+}
+
+fn address(text: &str) -> Option<SocketAddr> {
+    text.parse().ok()
+}
+
+fn whole(text: &str, least: usize, most: usize) -> Option<usize> {
+    text.parse().ok().filter(|number| (least..=most).contains(number))
+}
+
+fn comma_list(text: &str) -> Vec<String> {
+    text.split(',').map(str::trim).filter(|entry| !entry.is_empty()).map(str::to_owned).collect()
+}
+
+fn redis_url(text: &str) -> Option<Option<String>> {
+    match text {
+        "" => Some(None),
+        url => (url.starts_with("redis://") && redis::parse_redis_url(url).is_some()).then(|| Some(url.to_owned())),
+    }
+}
+
+/// Everything between the scheme and the `@` may be secret.
+fn masked_url(url: &str) -> String {
+    match (url.split_once("://"), url.rsplit_once('@')) {
+        (Some((scheme, _)), Some((_, host))) => format!("{scheme}://***@{host}"),
+        _ => url.to_owned(),
+    }
+}
+
+fn log_filter(text: &str) -> Option<String> {
+    text.parse::<tracing_subscriber::EnvFilter>().is_ok().then(|| text.to_owned())
+}
+
+fn log_format(text: &str) -> Option<bool> {
+    match text {
+        "text" => Some(false),
+        "json" => Some(true),
+        _ => None,
+    }
+}

@@ -1,0 +1,309 @@
+//! What everybody else sees of one WebSocket connection: its outbox, its socket's writing side and
+//! its signs of life. The reading side is its own task's (`session.rs`).
+
+use std::io::{self, IoSlice};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context as TaskContext, Poll};
+
+use atomic_waker::AtomicWaker;
+use dashmap::DashMap;
+use tokio::net::TcpStream;
+
+use crate::channel::{Fanout, Subscriber};
+use crate::clock;
+use crate::close::CloseReason;
+use crate::frame::{Frame, Opcode};
+use crate::lanes::Lanes;
+use crate::metrics::{Drop as DropReason, Metrics};
+use crate::outbox::{self, Flushed, Outbox, Phase, Push, Transport, Writer};
+use crate::publication::Format;
+
+/// What all connections share.
+#[derive(Debug)]
+pub struct Shared {
+    /// Bounds of every outbox.
+    pub outbox: outbox::Limits,
+    /// Who flushes.
+    pub lanes: Lanes,
+    /// The metrics.
+    pub metrics: Metrics,
+    /// All open connections.
+    pub connections: Connections,
+    /// This boot of this instance: 16 hexadecimal digits.
+    pub instance_id: Box<str>,
+}
+
+/// All open connections by number.
+pub type Connections = DashMap<u64, Arc<Connection>>;
+
+/// One WebSocket connection.
+#[derive(Debug)]
+pub struct Connection {
+    number: u64,
+    remote: SocketAddr,
+    format: Format,
+    socket: TcpStream,
+    outbox: Outbox,
+    waker: AtomicWaker,
+    reason: OnceLock<CloseReason>,
+    shared: Arc<Shared>,
+    /// When it was opened (µs of the clock).
+    pub opened_us: u64,
+    /// Subscriptions, for the API.
+    pub subscriptions: AtomicUsize,
+    last_seen_us: AtomicU64,
+    /// When the next ping goes out, and when the one that is unanswered did (0: none).
+    ping_due_us: AtomicU64,
+    ping_sent_us: AtomicU64,
+}
+
+static NEXT_NUMBER: AtomicU64 = AtomicU64::new(1);
+
+/// Keeps a connection in the list of open ones, and in the metrics.
+#[derive(Debug)]
+pub struct Open(Arc<Connection>);
+
+/// What a connection's own task can be woken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// The connection was told to close, or its socket failed.
+    Closing,
+    /// The socket takes bytes again, and this task has the write right.
+    Writable,
+    /// There is something to read.
+    Readable,
+}
+
+impl Connection {
+    /// Opens a connection on an upgraded socket. The first ping is due at `ping_due_us`.
+    pub fn open(shared: Arc<Shared>, socket: TcpStream, remote: SocketAddr, format: Format, ping_due_us: u64) -> Open {
+        let now_us = clock::now_us();
+        let connection = Arc::new(Self {
+            number: NEXT_NUMBER.fetch_add(1, Ordering::Relaxed),
+            remote,
+            format,
+            socket,
+            outbox: Outbox::default(),
+            waker: AtomicWaker::new(),
+            reason: OnceLock::new(),
+            shared,
+            opened_us: now_us,
+            subscriptions: AtomicUsize::new(0),
+            last_seen_us: AtomicU64::new(now_us),
+            ping_due_us: AtomicU64::new(ping_due_us),
+            ping_sent_us: AtomicU64::new(0),
+        });
+        let shared = &connection.shared;
+        shared.connections.insert(connection.number, Arc::clone(&connection));
+        shared.metrics.connections.inc();
+        shared.metrics.connections_total.inc();
+        Open(connection)
+    }
+
+    /// The id that clients and the API see: unique over all instances and boots.
+    pub fn id(&self) -> String {
+        format!("{}-{}", self.shared.instance_id, self.number)
+    }
+
+    /// The number in an id of this instance.
+    pub fn number_of(id: &str, instance_id: &str) -> Option<u64> {
+        id.strip_prefix(instance_id)?.strip_prefix('-')?.parse().ok()
+    }
+
+    /// The number in this instance, in the order of opening.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// The peer's address.
+    pub fn remote(&self) -> SocketAddr {
+        self.remote
+    }
+
+    /// The socket, for reading and for options.
+    pub fn socket(&self) -> &TcpStream {
+        &self.socket
+    }
+
+    /// What all connections share.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Why it was told to close, if it was.
+    pub fn close_reason(&self) -> Option<&CloseReason> {
+        self.reason.get()
+    }
+
+    /// Closes the connection; the first reason counts, later calls do nothing.
+    pub fn close(&self, reason: CloseReason) {
+        if self.reason.set(reason).is_err() {
+            return;
+        }
+        if let Some(reason) = self.reason.get() {
+            let dropped = match reason {
+                CloseReason::Lost => self.outbox.fail(),
+                reason => self.outbox.close(Frame::close(reason), reason.keeps_queue()),
+            };
+            let why = match reason {
+                CloseReason::SlowConsumer => DropReason::SlowConsumer,
+                _ => DropReason::ConnectionLost,
+            };
+            self.shared.metrics.dropped(why, dropped);
+        }
+        self.waker.wake();
+        self.shared.lanes.made_progress();
+    }
+
+    /// Ends the outbox without another byte.
+    pub fn cut(&self) {
+        self.shared.metrics.dropped(DropReason::ConnectionLost, self.outbox.fail());
+    }
+
+    /// Answers a ping; a flush is added to `fanout` if one is needed.
+    pub fn pong(self: &Arc<Self>, payload: &[u8], fanout: &mut Fanout<Arc<Self>>) {
+        if self.outbox.pong(Frame::new(Opcode::Pong, &[payload])) {
+            fanout.schedule(Arc::clone(self));
+        }
+    }
+
+    /// Writes what is pending. Only for the owner of the write right: a lane, or the own task on [`Wake::Writable`].
+    pub fn flush(&self, writer: &mut Writer, now_us: u64) {
+        match self.outbox.flush(self, writer, &self.shared.outbox, now_us) {
+            Flushed::Idle => {}
+            Flushed::Blocked | Flushed::Finished => self.waker.wake(),
+            Flushed::Failed => self.close(CloseReason::Lost),
+        }
+    }
+
+    /// Whether publishers that found the outbox late may go on.
+    pub fn has_room(&self) -> bool {
+        self.outbox.has_room(&self.shared.outbox)
+    }
+
+    /// Frames and bytes that wait.
+    pub fn depth(&self) -> (usize, usize) {
+        self.outbox.depth()
+    }
+
+    /// Whether the socket failed or was given up.
+    pub fn has_failed(&self) -> bool {
+        self.outbox.phase() == Phase::Failed
+    }
+
+    /// Notes that something arrived.
+    pub fn seen(&self, now_us: u64) {
+        self.last_seen_us.store(now_us, Ordering::Relaxed);
+    }
+
+    /// For the connection's own task: the next thing to do. With `may_read` false, what arrives waits.
+    pub fn poll_wake(&self, context: &mut TaskContext<'_>, may_read: bool) -> Poll<Wake> {
+        self.waker.register(context.waker());
+        if self.reason.get().is_some() {
+            return Poll::Ready(Wake::Closing);
+        }
+        if self.poll_writable(context).is_ready() {
+            return Poll::Ready(Wake::Writable);
+        }
+        if may_read && self.socket.poll_read_ready(context).is_ready() {
+            return Poll::Ready(Wake::Readable);
+        }
+        Poll::Pending
+    }
+
+    /// For the connection's own task while it closes: flushes until the close frame is out or the socket failed.
+    pub fn poll_finish(&self, context: &mut TaskContext<'_>, writer: &mut Writer) -> Poll<()> {
+        loop {
+            self.waker.register(context.waker());
+            if matches!(self.outbox.phase(), Phase::Finished | Phase::Failed) {
+                return Poll::Ready(());
+            }
+            if self.poll_writable(context).is_pending() {
+                return Poll::Pending;
+            }
+            self.flush(writer, clock::now_us());
+        }
+    }
+
+    fn poll_writable(&self, context: &mut TaskContext<'_>) -> Poll<()> {
+        match self.outbox.phase() {
+            Phase::Blocked => self.socket.poll_write_ready(context).map(drop),
+            _ => Poll::Pending,
+        }
+    }
+
+    /// One look of the sweep: closes the connection if it was silent or slow for too long, and pings it when due.
+    pub fn sweep(self: &Arc<Self>, now_us: u64, liveness: &Liveness, fanout: &mut Fanout<Arc<Self>>) {
+        if self.reason.get().is_some() {
+            return;
+        }
+        if self.outbox.is_overdue(now_us, liveness.write_timeout_us, &self.shared.outbox) {
+            return self.close(CloseReason::SlowConsumer);
+        }
+        let ping_sent_us = self.ping_sent_us.load(Ordering::Relaxed);
+        if ping_sent_us > 0 && self.last_seen_us.load(Ordering::Relaxed) >= ping_sent_us {
+            self.ping_sent_us.store(0, Ordering::Relaxed);
+        } else if ping_sent_us > 0 && now_us > ping_sent_us + liveness.pong_timeout_us {
+            return self.close(CloseReason::Timeout);
+        }
+        if now_us >= self.ping_due_us.load(Ordering::Relaxed) {
+            self.ping_due_us.store(now_us + liveness.ping_interval_us, Ordering::Relaxed);
+            // A ping that is still unanswered keeps its own deadline.
+            let _ = self.ping_sent_us.compare_exchange(0, now_us, Ordering::Relaxed, Ordering::Relaxed);
+            if self.outbox.ping(Arc::clone(&liveness.ping)) {
+                fanout.schedule(Arc::clone(self));
+            }
+        }
+    }
+}
+
+/// The intervals that keep connections honest.
+#[derive(Debug)]
+pub struct Liveness {
+    /// `HUBCAST_PING_INTERVAL`
+    pub ping_interval_us: u64,
+    /// `HUBCAST_PONG_TIMEOUT`
+    pub pong_timeout_us: u64,
+    /// `HUBCAST_WRITE_TIMEOUT`
+    pub write_timeout_us: u64,
+    /// The ping frame, the same for all.
+    pub ping: Arc<Frame>,
+}
+
+impl Subscriber for Arc<Connection> {
+    fn format(&self) -> Format {
+        self.format
+    }
+
+    fn push(&self, frame: &Arc<Frame>) -> Push {
+        self.outbox.push(frame, &self.shared.outbox)
+    }
+}
+
+impl Transport for Connection {
+    fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        match slices {
+            [one] => self.socket.try_write(one),
+            many => self.socket.try_write_vectored(many),
+        }
+    }
+}
+
+impl std::ops::Deref for Open {
+    type Target = Arc<Connection>;
+
+    fn deref(&self) -> &Arc<Connection> {
+        &self.0
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        let shared = &self.0.shared;
+        shared.connections.remove(&self.0.number);
+        shared.metrics.connections.dec();
+        shared.metrics.closed(self.0.reason.get().unwrap_or(&CloseReason::Internal));
+    }
+}

@@ -1,0 +1,109 @@
+//! What the server says in `hubcast.v1`, one function per frame type. Pure, no I/O.
+//!
+//! Member order and names are the wire contract (README, "Protocol"). Channel names consist of
+//! characters that JSON does not escape; everything else from outside goes through serde_json.
+
+use std::sync::Arc;
+
+use crate::frame::Frame;
+use crate::protocol::{CHANNEL_BYTES_MAX, Refusal};
+
+/// What a client is told about its connection, first of all.
+pub struct Welcome<'a> {
+    /// This connection, as `/api/connections` and `/api/disconnect` name it.
+    pub connection_id: &'a str,
+    /// The gateway instance.
+    pub instance_id: &'a str,
+    /// How often the gateway pings, in milliseconds.
+    pub ping_interval_ms: u64,
+    /// Largest message the client may send, in bytes.
+    pub message_bytes_max: usize,
+    /// Largest payload of a publish, in bytes.
+    pub publish_bytes_max: usize,
+    /// Most subscriptions of the connection.
+    pub subscriptions_max: usize,
+}
+
+/// `{"type":"welcome",…}`
+pub fn welcome(welcome: &Welcome<'_>) -> Arc<Frame> {
+    Frame::text(&format!(
+        r#"{{"type":"welcome","connection_id":"{}","instance_id":"{}","ping_interval_ms":{},"limits":{{"message_bytes":{},"publish_bytes":{},"subscriptions":{}}}}}"#,
+        welcome.connection_id,
+        welcome.instance_id,
+        welcome.ping_interval_ms,
+        welcome.message_bytes_max,
+        welcome.publish_bytes_max,
+        welcome.subscriptions_max,
+    ))
+}
+
+/// `{"type":"subscribed",…}`
+pub fn subscribed(id: Option<&str>, channel: &str) -> Arc<Frame> {
+    reply("subscribed", id, Some(channel))
+}
+
+/// `{"type":"unsubscribed",…}`, the answer to a command.
+pub fn unsubscribed(id: Option<&str>, channel: &str) -> Arc<Frame> {
+    reply("unsubscribed", id, Some(channel))
+}
+
+/// `{"type":"published",…}`
+pub fn published(id: &str) -> Arc<Frame> {
+    reply("published", Some(id), None)
+}
+
+/// `{"type":"pong",…}`
+pub fn pong(id: Option<&str>) -> Arc<Frame> {
+    reply("pong", id, None)
+}
+
+/// `{"type":"gap","channel":…,"reason":"upstream"}`: messages of the channel may be missing before this frame.
+pub fn upstream_gap(channel: &str) -> Arc<Frame> {
+    Frame::text(&format!(r#"{{"type":"gap","channel":"{channel}","reason":"upstream"}}"#))
+}
+
+/// `{"type":"draining",…}`: a planned close follows.
+pub fn draining(retry_after_ms: u64) -> Arc<Frame> {
+    Frame::text(&format!(r#"{{"type":"draining","retry_after_ms":{retry_after_ms}}}"#))
+}
+
+/// `{"type":"error",…}`; `channel` may be anything the client wrote.
+pub fn error(id: Option<&str>, refusal: &Refusal, channel: Option<&str>) -> Arc<Frame> {
+    let mut json = String::from(r#"{"type":"error""#);
+    push_id(&mut json, id);
+    json.push_str(&format!(r#","code":"{}","message":{}"#, refusal.code.as_str(), quoted(&refusal.message)));
+    if let Some(channel) = channel.filter(|channel| !channel.is_empty()) {
+        let shown = &channel[..channel.floor_char_boundary(CHANNEL_BYTES_MAX)];
+        json.push_str(&format!(r#","channel":{}"#, quoted(shown)));
+    }
+    if let Some(retry_after_ms) = refusal.retry_after_ms {
+        json.push_str(&format!(r#","retry_after_ms":{retry_after_ms}"#));
+    }
+    json.push('}');
+    Frame::text(&json)
+}
+
+fn reply(kind: &str, id: Option<&str>, channel: Option<&str>) -> Arc<Frame> {
+    let mut json = format!(r#"{{"type":"{kind}""#);
+    push_id(&mut json, id);
+    if let Some(channel) = channel {
+        json.push_str(r#","channel":""#);
+        json.push_str(channel);
+        json.push('"');
+    }
+    json.push('}');
+    Frame::text(&json)
+}
+
+/// The id is JSON text already, kept as the client wrote it.
+fn push_id(json: &mut String, id: Option<&str>) {
+    if let Some(id) = id {
+        json.push_str(r#","id":"#);
+        json.push_str(id);
+    }
+}
+
+/// A string as JSON.
+pub fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}

@@ -1,0 +1,304 @@
+//! The composition root: builds the parts, accepts connections, and drains in order.
+//!
+//! Drain order: not ready, `draining` to all, closes spread over the window while the public
+//! listener refuses and the internal one serves, wait for the peers, end.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::sync::{Notify, Semaphore};
+use tokio::task::JoinHandle;
+use tracing::info;
+
+use crate::api::Api;
+use crate::broker::Broker;
+use crate::channel::{Fanout, Subscriber};
+use crate::clock::{self, micros};
+use crate::close::CloseReason;
+use crate::config::{Config, RESERVED_FILES};
+use crate::connection::{Connection, Liveness, Shared};
+use crate::event;
+use crate::frame::{Frame, Opcode};
+use crate::health::Health;
+use crate::hub::Hub;
+use crate::lanes::Lanes;
+use crate::listen::{self, Public};
+use crate::metrics::Metrics;
+use crate::multiplexer;
+use crate::publisher::{self, Publisher};
+use crate::redis_link;
+use crate::session::{End, SessionContext};
+
+/// Connections that the kernel keeps for us while we are busy.
+const BACKLOG: u32 = 4096;
+
+/// How long peers may take to answer the last closes of a drain.
+const DRAIN_GRACE: Duration = Duration::from_secs(6);
+
+/// A running gateway.
+#[derive(Debug)]
+pub struct Gateway {
+    addr: SocketAddr,
+    internal_addr: SocketAddr,
+    broker: Arc<Broker>,
+    ended: Arc<Ended>,
+    drain_time: Duration,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+/// Counts the sessions that a drain waits for, and how they ended.
+#[derive(Debug, Default)]
+pub struct Ended {
+    open: AtomicUsize,
+    clean: AtomicUsize,
+    cut_off: AtomicUsize,
+    changed: Notify,
+}
+
+/// What a drain did, for its summary line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Drained {
+    /// Connections that were open when it began, or opened until it refused them.
+    pub closed: usize,
+    /// Those that got everything accepted, our close frame, and ended the connection.
+    pub flushed: usize,
+    /// Those that did not.
+    pub cut_off: usize,
+}
+
+impl Gateway {
+    /// Builds everything, binds both listeners and starts to serve. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// An address that cannot be bound, or a bad Redis URL.
+    pub fn start(config: Config) -> anyhow::Result<Self> {
+        let listener = bind("HUBCAST_LISTEN", config.listen)?;
+        let internal = bind("HUBCAST_INTERNAL_LISTEN", config.internal_listen)?;
+        let (addr, internal_addr) = (listener.local_addr()?, internal.local_addr()?);
+        let redis = config.redis_url.as_deref().map(redis_link::client).transpose()?;
+        let (publisher, jobs) = Publisher::new();
+        let broker = Arc::new(Broker {
+            hub: if redis.is_some() { Hub::with_upstream() } else { Hub::local() },
+            shared: Arc::new(Shared {
+                outbox: config.outbox,
+                lanes: Lanes::new(config.worker_threads),
+                metrics: Metrics::default(),
+                connections: Default::default(),
+                instance_id: format!("{:016x}", rand::random::<u64>()).into(),
+            }),
+            health: Arc::new(Health::new(redis.is_some())),
+            publisher: redis.is_some().then_some(publisher),
+            publish_bytes_max: config.publish_bytes_max,
+        });
+        let ended = Arc::new(Ended::default());
+        let mut tasks = background(&config, &broker);
+        if let Some(client) = redis {
+            let settings = multiplexer::Settings {
+                channel_prefix: config.redis_channel_prefix.as_str().into(),
+                probe_interval: config.redis_probe_interval,
+            };
+            let prefix = settings.channel_prefix.clone();
+            tasks.push(tokio::spawn(multiplexer::run(client.clone(), settings, Arc::clone(&broker))));
+            let publish = publisher::run(client, jobs, Arc::clone(&broker), prefix, config.publish_timeout);
+            tasks.push(tokio::spawn(publish));
+        }
+        let api = Arc::new(Api {
+            broker: Arc::clone(&broker),
+            keys: config.api_keys,
+            body_timeout: config.handshake_timeout,
+        });
+        let public = Arc::new(Public {
+            sessions: Arc::new(SessionContext {
+                broker: Arc::clone(&broker),
+                rules: config.channel_rules,
+                message_bytes_max: config.message_bytes_max,
+                subscriptions_max: config.subscriptions_max,
+                ping_interval: config.ping_interval,
+            }),
+            places: Arc::new(Semaphore::new(config.connections_max.unwrap_or_else(connections_max))),
+            refusals: Arc::new(Semaphore::new(RESERVED_FILES / 4)),
+            handshake_timeout: config.handshake_timeout,
+            write_timeout: config.write_timeout,
+            is_echo_on: config.echo,
+            ended: Arc::clone(&ended),
+        });
+        tasks.push(tokio::spawn(listen::public(listener, public)));
+        tasks.push(tokio::spawn(listen::internal(internal, api, config.handshake_timeout)));
+        Ok(Self { addr, internal_addr, broker, ended, drain_time: config.drain_time, tasks })
+    }
+
+    /// Where WebSocket clients connect.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Where the API, health and metrics are.
+    pub fn internal_addr(&self) -> SocketAddr {
+        self.internal_addr
+    }
+
+    /// The parts that publish, for whoever embeds the gateway.
+    pub fn broker(&self) -> &Arc<Broker> {
+        &self.broker
+    }
+
+    /// Ends the gateway: every client that reads gets each publication accepted before its close, then 1012.
+    pub async fn drain(self) -> Drained {
+        let before = self.ended.counts();
+        self.broker.health.start_draining();
+        self.tell_draining().await;
+        self.close_spread().await;
+        let _ = tokio::time::timeout(DRAIN_GRACE, self.ended.all()).await;
+        let left = self.ended.open.load(Ordering::Acquire);
+        let after = self.ended.counts();
+        let (flushed, cut_off) = (after.0 - before.0, after.1 - before.1 + left);
+        for task in &self.tasks {
+            task.abort();
+        }
+        Drained { closed: flushed + cut_off, flushed, cut_off }
+    }
+
+    /// `{"type":"draining"}` to all who speak the protocol: come back within the drain window, spread out.
+    async fn tell_draining(&self) {
+        let frame = event::draining(self.drain_time.as_millis() as u64);
+        let mut fanout = Fanout::default();
+        for connection in self.connections() {
+            if connection.format() == crate::publication::Format::Json {
+                fanout.push(&connection, &frame);
+            }
+        }
+        self.broker.shared.lanes.submit(&mut fanout);
+        tokio::task::yield_now().await;
+    }
+
+    /// Closes all connections, evenly over the drain window.
+    async fn close_spread(&self) {
+        let connections = self.connections();
+        let started = tokio::time::Instant::now();
+        let window = self.drain_time;
+        let number = connections.len().max(1) as u32;
+        for (index, connection) in (0..).zip(&connections) {
+            let due = started + window * index / number;
+            if due > tokio::time::Instant::now() {
+                tokio::time::sleep_until(due).await;
+            }
+            connection.close(CloseReason::Drain);
+        }
+        // Those that were still in their handshake when the list was made.
+        for connection in self.connections() {
+            connection.close(CloseReason::Drain);
+        }
+    }
+
+    fn connections(&self) -> Vec<Arc<Connection>> {
+        self.broker.shared.connections.iter().map(|connection| Arc::clone(&connection)).collect()
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+impl Ended {
+    /// Counts a session as open until its guard is dropped.
+    pub fn enter(self: &Arc<Self>) -> EndedGuard {
+        self.open.fetch_add(1, Ordering::AcqRel);
+        EndedGuard { ended: Arc::clone(self), end: End::CutOff }
+    }
+
+    fn counts(&self) -> (usize, usize) {
+        (self.clean.load(Ordering::Acquire), self.cut_off.load(Ordering::Acquire))
+    }
+
+    /// Waits until no session is open.
+    async fn all(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if self.open.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            changed.await;
+        }
+    }
+}
+
+/// One open session; [`EndedGuard::end`] is how it ended unless it panics.
+#[derive(Debug)]
+pub struct EndedGuard {
+    ended: Arc<Ended>,
+    /// How it ended.
+    pub end: End,
+}
+
+impl Drop for EndedGuard {
+    fn drop(&mut self) {
+        let count = if self.end == End::Clean { &self.ended.clean } else { &self.ended.cut_off };
+        count.fetch_add(1, Ordering::AcqRel);
+        self.ended.open.fetch_sub(1, Ordering::AcqRel);
+        self.ended.changed.notify_waiters();
+    }
+}
+
+/// The tasks that every gateway has: one per lane, and the sweep.
+fn background(config: &Config, broker: &Arc<Broker>) -> Vec<JoinHandle<()>> {
+    let shared = &broker.shared;
+    let mut tasks: Vec<_> = (0..shared.lanes.count())
+        .map(|lane| {
+            let shared = Arc::clone(shared);
+            tokio::spawn(async move { shared.lanes.run(lane, &shared.metrics).await })
+        })
+        .collect();
+    let liveness = Liveness {
+        ping_interval_us: micros(config.ping_interval),
+        pong_timeout_us: micros(config.pong_timeout),
+        write_timeout_us: micros(config.write_timeout),
+        ping: Frame::new(Opcode::Ping, &[]),
+    };
+    tasks.push(tokio::spawn(sweep(Arc::clone(shared), liveness)));
+    tasks
+}
+
+/// Looks at every connection a few times within the shortest interval: no timer per connection.
+async fn sweep(shared: Arc<Shared>, liveness: Liveness) {
+    let shortest = liveness.ping_interval_us.min(liveness.pong_timeout_us).min(liveness.write_timeout_us);
+    let period = Duration::from_micros((shortest / 8).clamp(10_000, 250_000));
+    loop {
+        tokio::time::sleep(period).await;
+        let now_us = clock::now_us();
+        let mut fanout = Fanout::default();
+        for connection in &shared.connections {
+            connection.sweep(now_us, &liveness, &mut fanout);
+        }
+        shared.lanes.submit(&mut fanout);
+    }
+}
+
+fn bind(name: &str, addr: SocketAddr) -> anyhow::Result<TcpListener> {
+    let listen = || -> io::Result<TcpListener> {
+        let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        socket.set_reuseaddr(true)?;
+        socket.bind(addr)?;
+        socket.listen(BACKLOG)
+    };
+    listen().map_err(|error| anyhow::anyhow!("{name}={addr}: cannot listen there: {error}"))
+}
+
+/// What the file limit, raised as far as allowed, leaves for WebSocket connections.
+pub fn connections_max() -> usize {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    let files = if raised.is_ok() { limit.maximum } else { limit.current };
+    let files = files.map_or(1 << 20, |files| files as usize);
+    let places = files.saturating_sub(RESERVED_FILES).clamp(1, Semaphore::MAX_PERMITS);
+    info!(files, places, "file limit");
+    places
+}

@@ -1,0 +1,124 @@
+//! The public listener's HTTP: the WebSocket handshake of RFC 6455 §4.2, and nothing else.
+//!
+//! `GET /ws` upgrades to the protocol or raw mode, `GET /echo` (only with `--echo`) to an echo for
+//! conformance tests; everything else is 404. Each violation has its own status, before anything is
+//! allocated for the connection.
+
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode, Version};
+
+use crate::api::{ApiError, error_response};
+use crate::protocol::{self, SUBPROTOCOL, SUBPROTOCOL_RAW};
+use crate::session::Mode;
+
+/// The response that refuses a handshake.
+type Refusal = Box<Response<Full<Bytes>>>;
+
+/// A request that is a valid handshake.
+pub struct Handshake {
+    /// What the client asked for.
+    pub mode: Mode,
+    /// The 101 answer.
+    pub response: Response<Full<Bytes>>,
+}
+
+/// Checks a request and prepares the upgrade.
+///
+/// # Errors
+/// The response that refuses it.
+pub fn check(request: &mut Request<Incoming>, is_echo_on: bool) -> Result<Handshake, Refusal> {
+    let path = request.uri().path();
+    let is_echo = is_echo_on && path == "/echo";
+    if path != "/ws" && !is_echo {
+        return Err(Box::new(error_response(&ApiError::not_found())));
+    }
+    check_request(request)?;
+    let subprotocol = subprotocol(request.headers());
+    let mode = match (is_echo, subprotocol) {
+        (true, _) => Mode::Echo,
+        (false, Some(SUBPROTOCOL_RAW)) => Mode::Raw(raw_channel(request.uri().query())?),
+        (false, _) => Mode::Json(channels(request.uri().query())),
+    };
+    // The crate computes the accept key; the connection itself is taken over by our own code.
+    let (answer, _) = fastwebsockets::upgrade::upgrade(&mut *request)
+        .map_err(|error| bad_handshake(StatusCode::BAD_REQUEST, &error.to_string()))?;
+    let mut response = answer.map(|_| Full::default());
+    if let Some(name) = subprotocol {
+        response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(name));
+    }
+    Ok(Handshake { mode, response })
+}
+
+/// RFC 6455 §4.2.1, in the order in which a client would have to mend it.
+fn check_request(request: &Request<Incoming>) -> Result<(), Refusal> {
+    let refuse = |status, message: &str| Err(bad_handshake(status, message));
+    let headers = request.headers();
+    if request.method() != Method::GET {
+        let mut response = bad_handshake(StatusCode::METHOD_NOT_ALLOWED, "a WebSocket handshake is a GET");
+        response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
+        return Err(response);
+    }
+    if request.version() != Version::HTTP_11 {
+        return refuse(StatusCode::BAD_REQUEST, "a WebSocket handshake needs HTTP/1.1");
+    }
+    if !fastwebsockets::upgrade::is_upgrade_request(request) {
+        let mut response = bad_handshake(StatusCode::UPGRADE_REQUIRED, "connect here with a WebSocket client");
+        response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+        return Err(response);
+    }
+    if headers.get(header::SEC_WEBSOCKET_VERSION).is_none_or(|version| version != "13") {
+        let mut response = bad_handshake(StatusCode::UPGRADE_REQUIRED, "only version 13 is spoken here");
+        response.headers_mut().insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+        return Err(response);
+    }
+    let mut keys = headers.get_all(header::SEC_WEBSOCKET_KEY).iter();
+    let is_nonce = |key: &HeaderValue| BASE64_STANDARD.decode(key).is_ok_and(|nonce| nonce.len() == 16);
+    match (keys.next(), keys.next()) {
+        (Some(key), None) if is_nonce(key) => Ok(()),
+        _ => refuse(StatusCode::BAD_REQUEST, "Sec-WebSocket-Key must be 16 bytes in base64, once"),
+    }
+}
+
+/// The first subprotocol of the client's list that we speak.
+fn subprotocol(headers: &HeaderMap) -> Option<&'static str> {
+    let offers = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL).iter();
+    offers.filter_map(|value| value.to_str().ok()).flat_map(|list| list.split(',')).find_map(|offer| {
+        match offer.trim() {
+            SUBPROTOCOL => Some(SUBPROTOCOL),
+            SUBPROTOCOL_RAW => Some(SUBPROTOCOL_RAW),
+            _ => None,
+        }
+    })
+}
+
+/// `?channels=a,b`: to be subscribed at connect; the comma separates. Names are judged like a command's.
+fn channels(query: Option<&str>) -> Vec<String> {
+    let lists = parameters(query, "channels");
+    lists.iter().flat_map(|list| list.split(',')).filter(|name| !name.is_empty()).map(str::to_owned).collect()
+}
+
+/// `?channel=x` of raw mode, which has no other way to name it, nor to tell what is wrong with it.
+fn raw_channel(query: Option<&str>) -> Result<String, Refusal> {
+    match parameters(query, "channel").as_slice() {
+        [channel] => match protocol::check_channel_name(channel) {
+            Ok(()) => Ok(channel.clone()),
+            Err(refusal) => Err(bad_handshake(StatusCode::BAD_REQUEST, &refusal.message)),
+        },
+        _ => Err(bad_handshake(StatusCode::BAD_REQUEST, "raw mode needs ?channel= with one name")),
+    }
+}
+
+fn parameters(query: Option<&str>, name: &str) -> Vec<String> {
+    let pairs = form_urlencoded::parse(query.unwrap_or_default().as_bytes());
+    pairs.filter(|(key, _)| key == name).map(|(_, value)| value.into_owned()).collect()
+}
+
+fn bad_handshake(status: StatusCode, message: &str) -> Refusal {
+    Box::new(error_response(&ApiError::handshake(status, message)))
+}

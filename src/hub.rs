@@ -1,0 +1,229 @@
+//! The hub: channel name to channel, in a sharded map, without an actor.
+//!
+//! Any task that holds a publication looks the channel up and walks its subscribers itself.
+//! A shard lock is held only to clone an `Arc` out, or to insert or remove one; lock order is
+//! shard, channel, outbox. No I/O, no await.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use dashmap::DashMap;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use crate::channel::{Channel, Fanout, Join, Subscriber, Ticket};
+use crate::frame::Frame;
+use crate::publication::Publication;
+use crate::upstream::Upstream;
+
+/// Shards of the channel map: 128 bytes each, and enough that 64 cores seldom meet.
+const SHARDS: usize = 256;
+
+/// All channels of this instance.
+#[derive(Debug)]
+pub struct Hub<S> {
+    channels: DashMap<Arc<str>, Arc<Channel<S>>, foldhash::quality::RandomState>,
+    upstream: Option<Changes<S>>,
+}
+
+/// Channels whose subscriptions at Redis may have to change. Each is listed at most once, so the
+/// list is bounded by the number of channels.
+#[derive(Debug)]
+pub struct Changes<S> {
+    list: Mutex<Vec<Arc<Channel<S>>>>,
+    notify: Notify,
+}
+
+impl<S: Subscriber> Hub<S> {
+    /// A hub without Redis: every channel is live at once.
+    pub fn local() -> Arc<Self> {
+        Self::new(None)
+    }
+
+    /// A hub whose channels become live when the multiplexer confirms them.
+    pub fn with_upstream() -> Arc<Self> {
+        Self::new(Some(Changes { list: Mutex::new(Vec::new()), notify: Notify::new() }))
+    }
+
+    fn new(upstream: Option<Changes<S>>) -> Arc<Self> {
+        let channels = DashMap::with_hasher_and_shard_amount(foldhash::quality::RandomState::default(), SHARDS);
+        Arc::new(Self { channels, upstream })
+    }
+
+    /// Pushes a publication to every subscriber of its channel; returns how many took it.
+    pub fn publish(&self, publication: &Publication<'_>, fanout: &mut Fanout<S>) -> usize {
+        self.channel(publication.channel()).map_or(0, |channel| channel.publish(publication, fanout))
+    }
+
+    /// The channel of that name, if anybody is in it.
+    pub fn channel(&self, name: &str) -> Option<Arc<Channel<S>>> {
+        self.channels.get(name).map(|channel| Arc::clone(&channel))
+    }
+
+    /// Every channel at some moment during the call.
+    pub fn channels(&self) -> Vec<Arc<Channel<S>>> {
+        self.channels.iter().map(|channel| Arc::clone(&channel)).collect()
+    }
+
+    /// How many channels there are.
+    pub fn len(&self) -> usize {
+        self.channels.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.channels.is_empty()
+    }
+
+    /// Joins a channel, creating it if need be.
+    pub(crate) fn join(
+        &self,
+        name: &str,
+        subscriber: &S,
+        reply: Option<&Arc<Frame>>,
+        fanout: &mut Fanout<S>,
+    ) -> (Arc<Channel<S>>, Ticket) {
+        loop {
+            let channel = self.channel(name).unwrap_or_else(|| self.create(name));
+            if let Join::Done(ticket, needs_upstream) = channel.join(subscriber, reply, fanout) {
+                if needs_upstream {
+                    self.list(&channel);
+                }
+                return (channel, ticket);
+            }
+        }
+    }
+
+    /// Leaves a channel, and drops it after its last subscriber. `reply` goes out after the removal.
+    pub(crate) fn leave(
+        &self,
+        channel: &Arc<Channel<S>>,
+        ticket: &Ticket,
+        reply: Option<(&S, &Arc<Frame>)>,
+        fanout: &mut Fanout<S>,
+    ) {
+        if channel.leave(ticket, reply, fanout) {
+            match self.upstream {
+                Some(_) => self.list(channel),
+                None => self.forget(channel),
+            }
+        }
+    }
+
+    /// Drops a channel that nobody is in and Redis does not have.
+    pub fn forget(&self, channel: &Channel<S>) {
+        self.channels.remove_if(channel.name(), |_, current| {
+            std::ptr::eq(Arc::as_ptr(current), channel) && current.remove_if_unused(self.upstream.is_some())
+        });
+    }
+
+    /// Has the multiplexer look at a channel.
+    pub fn list(&self, channel: &Arc<Channel<S>>) {
+        let Some(changes) = &self.upstream else { return };
+        if !channel.is_listed.swap(true, Ordering::AcqRel) {
+            changes.list.lock().push(Arc::clone(channel));
+            changes.notify.notify_one();
+        }
+    }
+
+    /// Waits until a channel is listed.
+    pub async fn changed(&self) {
+        match &self.upstream {
+            Some(changes) => changes.notify.notified().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Takes the listed channels. A change after this lists its channel anew.
+    pub fn take_changed(&self) -> Vec<Arc<Channel<S>>> {
+        let Some(changes) = &self.upstream else { return Vec::new() };
+        let listed = std::mem::take(&mut *changes.list.lock());
+        for channel in &listed {
+            channel.is_listed.store(false, Ordering::Release);
+        }
+        listed
+    }
+
+    fn create(&self, name: &str) -> Arc<Channel<S>> {
+        let upstream = if self.upstream.is_some() { Upstream::Absent } else { Upstream::Live };
+        let channel = Arc::new(Channel::new(name, upstream));
+        let key = channel.shared_name();
+        Arc::clone(&self.channels.entry(key).or_insert(channel))
+    }
+}
+
+/// The subscriptions of one subscriber; dropping it leaves every channel.
+#[derive(Debug)]
+pub struct Subscriptions<S: Subscriber> {
+    hub: Arc<Hub<S>>,
+    subscriber: S,
+    joined: Vec<(Arc<Channel<S>>, Ticket)>,
+}
+
+impl<S: Subscriber> Subscriptions<S> {
+    /// No subscriptions yet.
+    pub fn new(hub: Arc<Hub<S>>, subscriber: S) -> Self {
+        Self { hub, subscriber, joined: Vec::new() }
+    }
+
+    /// How many there are, pending ones included.
+    pub fn len(&self) -> usize {
+        self.joined.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.joined.is_empty()
+    }
+
+    /// Whether the channel is among them.
+    pub fn contains(&self, name: &str) -> bool {
+        self.position(name).is_some()
+    }
+
+    /// Subscribes; `reply` is pushed when the channel is live, before its first publication.
+    /// A repeated subscribe is answered and changes nothing. False: too many repeats wait already.
+    pub fn subscribe(&mut self, name: &str, reply: Option<&Arc<Frame>>, fanout: &mut Fanout<S>) -> bool {
+        match (self.position(name), reply) {
+            (Some(at), Some(reply)) => {
+                let (channel, ticket) = &self.joined[at];
+                channel.repeat(ticket, &self.subscriber, reply, fanout)
+            }
+            (Some(_), None) => true,
+            (None, reply) => {
+                if self.joined.is_empty() {
+                    // Most connections have one subscription: no spare capacity for them.
+                    self.joined.reserve_exact(1);
+                }
+                self.joined.push(self.hub.join(name, &self.subscriber, reply, fanout));
+                true
+            }
+        }
+    }
+
+    /// Unsubscribes, also a pending subscription; `reply` is pushed after the channel's last publication.
+    /// True if there was a subscription.
+    pub fn unsubscribe(&mut self, name: &str, reply: &Arc<Frame>, fanout: &mut Fanout<S>) -> bool {
+        let Some(at) = self.position(name) else {
+            fanout.push(&self.subscriber, reply);
+            return false;
+        };
+        let (channel, ticket) = self.joined.swap_remove(at);
+        self.hub.leave(&channel, &ticket, Some((&self.subscriber, reply)), fanout);
+        true
+    }
+
+    fn position(&self, name: &str) -> Option<usize> {
+        self.joined.iter().position(|(channel, _)| channel.name() == name)
+    }
+}
+
+impl<S: Subscriber> Drop for Subscriptions<S> {
+    fn drop(&mut self) {
+        // Leaving without a reply pushes nothing, so nothing can be scheduled.
+        let mut fanout = Fanout::default();
+        for (channel, ticket) in self.joined.drain(..) {
+            self.hub.leave(&channel, &ticket, None, &mut fanout);
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! Hubcast: a high-throughput WebSocket broadcast gateway.
+//!
+//! # One message, from a publish to the sockets
+//! 1. `session` (a socket), `api` (HTTP) or `multiplexer` (Redis) has the payload;
+//! 2. `broker` makes it a `publication`, encoded once per wire format;
+//! 3. `hub` finds the channel, `channel` walks its subscribers under its order lock;
+//! 4. `outbox` queues the frame and says who must be flushed;
+//! 5. `lanes` write each scheduled outbox with one vectored write.
+//!
+//! # One command, from a socket to its reply
+//! `listen` (accept, `handshake`) → `session` (read, `websocket` frames) → `protocol` (typed command) →
+//! `hub` (join, or leave) → with Redis, `multiplexer` confirms the channel and lets the subscriber in.
+//!
+//! # Invariants
+//! 1. Hub, channel, outbox, protocol, event and websocket do no I/O; hub and protocol never await.
+//! 2. After the upgrade a socket is written only by whoever holds its outbox's write right; only
+//!    `multiplexer`, `publisher`, `redis_link` and `inbox` know Redis; only `config` reads the environment.
+//! 3. Every queue has a bound and a named policy when full.
+//! 4. A publication is encoded once per wire format, however many subscribers it has.
+//! 5. One order per channel: a publication's walk, joins and leaves run whole under the channel's lock.
+//!    Lock order: shard, channel, outbox.
+//! 6. Each count that goes up is a guard that brings it down. Losing a connection is O(its subscriptions).
+//! 7. No lock is held across an await, and nothing on the way from a publish to the sockets awaits Redis
+//!    except the publish itself.
+//! 8. A subscriber is told `subscribed` only when the channel is live.
+
+pub mod config;
+pub mod gateway;
+pub mod listen;
+
+pub mod handshake;
+pub mod session;
+pub mod websocket;
+
+pub mod event;
+pub mod protocol;
+pub mod rules;
+
+pub mod api;
+pub mod broker;
+pub mod health;
+pub mod publication;
+
+pub mod channel;
+pub mod hub;
+pub mod members;
+
+pub mod close;
+pub mod connection;
+pub mod frame;
+pub mod lanes;
+pub mod outbox;
+
+pub mod inbox;
+pub mod multiplexer;
+pub mod publisher;
+pub mod redis_link;
+pub mod upstream;
+
+pub mod clock;
+pub mod metrics;

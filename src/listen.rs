@@ -1,0 +1,213 @@
+//! The two accept loops, and a public connection's way from its first byte to its session.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::upgrade::OnUpgrade;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use parking_lot::Mutex;
+use socket2::SockRef;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tracing::{debug, warn};
+
+use crate::api::{Api, ApiError, error_response};
+use crate::clock::{self, micros};
+use crate::connection::Connection;
+use crate::gateway::Ended;
+use crate::handshake::{self, Handshake};
+use crate::metrics::{Metrics, Refused};
+use crate::session::{Mode, Session, SessionContext};
+
+/// Unsent bytes that the kernel keeps for one connection: more would hide a stalled client from us.
+const NOTSENT_BYTES: u32 = 128 << 10;
+
+/// Largest request head, and what hyper buffers for it.
+const HEAD_BYTES_MAX: usize = 16 << 10;
+
+/// Longest pause after a failed accept, so that a full file table is no busy loop.
+const ACCEPT_PAUSE_MAX: Duration = Duration::from_millis(100);
+
+/// What the public listener needs.
+#[derive(Debug)]
+pub struct Public {
+    /// What sessions share.
+    pub sessions: Arc<SessionContext>,
+    /// A permit per connection (`HUBCAST_CONNECTIONS_MAX`).
+    pub places: Arc<Semaphore>,
+    /// A permit per connection above that, while it is told so.
+    pub refusals: Arc<Semaphore>,
+    /// `HUBCAST_HANDSHAKE_TIMEOUT`
+    pub handshake_timeout: Duration,
+    /// `HUBCAST_WRITE_TIMEOUT`, after which the kernel gives up a peer that acknowledges nothing.
+    pub write_timeout: Duration,
+    /// `--echo`
+    pub is_echo_on: bool,
+    /// Counts sessions for the drain.
+    pub ended: Arc<Ended>,
+}
+
+/// Accepts WebSocket clients for ever.
+pub async fn public(listener: TcpListener, public: Arc<Public>) {
+    loop {
+        let (socket, remote) = accept(&listener, public.metrics()).await;
+        let place = Arc::clone(&public.places).try_acquire_owned().ok();
+        if place.is_some() {
+            let public = Arc::clone(&public);
+            tokio::spawn(async move {
+                public.serve(socket, remote).await;
+                drop(place);
+            });
+        } else if let Ok(refusal) = Arc::clone(&public.refusals).try_acquire_owned() {
+            let public = Arc::clone(&public);
+            tokio::spawn(async move {
+                public.handshake(socket, Some(Refused::Limit)).await;
+                drop(refusal);
+            });
+        } else {
+            // Even refusing has a bound: the rest is just closed.
+            public.metrics().refused(Refused::Limit);
+        }
+    }
+}
+
+/// Accepts API clients for ever. Keep-alive and pipelining are hyper's; a burst of pipelined
+/// publishes is handled in one go, and flushed once.
+pub async fn internal(listener: TcpListener, api: Arc<Api>, head_timeout: Duration) {
+    loop {
+        let (socket, _) = accept(&listener, &api.broker.shared.metrics).await;
+        let api = Arc::clone(&api);
+        tokio::spawn(async move {
+            let service = service_fn(|request| {
+                let api = Arc::clone(&api);
+                async move { Ok::<_, io::Error>(api.handle(request).await) }
+            });
+            let mut builder = http_builder(head_timeout);
+            builder.pipeline_flush(true);
+            if let Err(error) = builder.serve_connection(TokioIo::new(socket), service).await {
+                debug!(%error, "api connection ended");
+            }
+        });
+    }
+}
+
+async fn accept(listener: &TcpListener, metrics: &Metrics) -> (TcpStream, SocketAddr) {
+    let mut pause = Duration::from_millis(1);
+    loop {
+        match listener.accept().await {
+            Ok((socket, remote)) => {
+                // Without Nagle's algorithm a write leaves at once; if that cannot be set the peer is gone.
+                let _ = socket.set_nodelay(true);
+                return (socket, remote);
+            }
+            Err(error) => {
+                metrics.accept_errors.inc();
+                warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(ACCEPT_PAUSE_MAX);
+            }
+        }
+    }
+}
+
+fn http_builder(head_timeout: Duration) -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(head_timeout).max_buf_size(HEAD_BYTES_MAX);
+    builder.half_close(false);
+    builder
+}
+
+/// A connection whose handshake is done.
+struct Upgraded {
+    socket: TcpStream,
+    /// What arrived behind the upgrade request.
+    behind: Bytes,
+    mode: Mode,
+}
+
+impl Public {
+    fn metrics(&self) -> &Metrics {
+        &self.sessions.broker.shared.metrics
+    }
+
+    /// The whole life of a public connection.
+    async fn serve(&self, socket: TcpStream, remote: SocketAddr) {
+        // Boxed, so that the HTTP phase's memory is gone while the session lives.
+        let Some(upgraded) = Box::pin(self.handshake(socket, None)).await else { return };
+        let Upgraded { socket, behind, mode } = upgraded;
+        self.tune(&socket);
+        let mut guard = self.ended.enter();
+        let shared = Arc::clone(&self.sessions.broker.shared);
+        let first_ping_us = clock::now_us() + first_ping(self.sessions.ping_interval);
+        let connection = Connection::open(shared, socket, remote, mode.format(), first_ping_us);
+        let session = Session::new(connection, Arc::clone(&self.sessions), &behind, mode == Mode::Echo);
+        drop(behind);
+        guard.end = session.run(mode).await;
+    }
+
+    /// Speaks HTTP until the upgrade, within the handshake timeout.
+    async fn handshake(&self, socket: TcpStream, refuse: Option<Refused>) -> Option<Upgraded> {
+        let accepted: Mutex<Option<(OnUpgrade, Mode)>> = Mutex::new(None);
+        let service = service_fn(|request: Request<Incoming>| {
+            let answer = self.answer(request, refuse, &accepted);
+            async move { Ok::<_, io::Error>(answer) }
+        });
+        let connection =
+            http_builder(self.handshake_timeout).serve_connection(TokioIo::new(socket), service).with_upgrades();
+        match tokio::time::timeout(self.handshake_timeout, connection).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) if error.is_timeout() => self.metrics().refused(Refused::Timeout),
+            Ok(Err(error)) => debug!(%error, "connection ended before the upgrade"),
+            Err(_) => self.metrics().refused(Refused::Timeout),
+        }
+        let (upgrade, mode) = accepted.lock().take()?;
+        let parts = upgrade.await.ok()?.downcast::<TokioIo<TcpStream>>().ok()?;
+        Some(Upgraded { socket: parts.io.into_inner(), behind: parts.read_buf, mode })
+    }
+
+    fn answer(
+        &self,
+        mut request: Request<Incoming>,
+        refuse: Option<Refused>,
+        accepted: &Mutex<Option<(OnUpgrade, Mode)>>,
+    ) -> Response<Full<Bytes>> {
+        let draining = self.sessions.broker.health.is_draining().then_some(Refused::Draining);
+        if let Some(why) = refuse.or(draining) {
+            self.metrics().refused(why);
+            let message = if draining.is_some() { "draining" } else { "too many connections" };
+            return error_response(&ApiError::handshake(StatusCode::SERVICE_UNAVAILABLE, message));
+        }
+        // Taken first: the crate's own upgrade would hide the socket behind a trait object.
+        let upgrade = hyper::upgrade::on(&mut request);
+        match handshake::check(&mut request, self.is_echo_on) {
+            Ok(Handshake { mode, response }) => {
+                *accepted.lock() = Some((upgrade, mode));
+                response
+            }
+            Err(response) => {
+                self.metrics().refused(Refused::Handshake);
+                *response
+            }
+        }
+    }
+
+    /// Options that keep the kernel from hiding a stalled client. A socket that refuses them is about to fail anyway.
+    fn tune(&self, socket: &TcpStream) {
+        let socket = SockRef::from(socket);
+        let _ = socket.set_tcp_notsent_lowat(NOTSENT_BYTES);
+        let _ = socket.set_tcp_user_timeout(Some(self.write_timeout));
+    }
+}
+
+/// The first ping after a random half to whole interval (µs), so that a reconnect storm is no ping storm.
+fn first_ping(interval: Duration) -> u64 {
+    micros(interval.mul_f64(rand::random_range(0.5..1.0)))
+}

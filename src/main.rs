@@ -1,0 +1,109 @@
+//! The gateway's timeline: configuration, log, start, signal, drain.
+
+use std::io::IsTerminal as _;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::Parser;
+use hubcast::config::{Config, VARIABLES};
+use hubcast::gateway::{self, Gateway};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::info;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// A WebSocket broadcast gateway: publish once, every subscriber has it.
+#[derive(Parser)]
+#[command(version, after_help = environment_help())]
+struct Options {
+    /// Print the effective configuration, secrets masked, and end
+    #[arg(long)]
+    print_config: bool,
+    /// Serve /echo for WebSocket conformance tests
+    #[arg(long)]
+    echo: bool,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let mut config = match Config::from_process_env() {
+        Ok(config) => config,
+        Err(error) => return refuse(&error.to_string()),
+    };
+    config.echo = options.echo;
+    let places = config.connections_max.unwrap_or_else(gateway::connections_max);
+    if options.print_config {
+        say(config.print(places).trim_end());
+        return ExitCode::SUCCESS;
+    }
+    config.connections_max = Some(places);
+    start_log(&config);
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(config.worker_threads).enable_all().build();
+    match runtime.context("cannot start the runtime").and_then(|runtime| runtime.block_on(run(config))) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => refuse(&format!("{error:#}")),
+    }
+}
+
+async fn run(config: Config) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let drain_time = config.drain_time;
+    for note in &config.notes {
+        info!("{note}");
+    }
+    let gateway = Gateway::start(config)?;
+    let (public, internal) = (gateway.addr(), gateway.internal_addr());
+    say(&format!(
+        "hubcast {} is ready\n  clients connect to  ws://{public}/ws?channels=news\n  backends publish with\n    curl -d '{{\"hello\":\"world\"}}' http://{internal}/api/publish/news",
+        env!("CARGO_PKG_VERSION")
+    ));
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    info!(?drain_time, "draining; a second signal ends at once");
+    tokio::select! {
+        drained = gateway.drain() => {
+            say(&format!(
+                "hubcast drained: {} closed, {} flushed, {} cut off",
+                drained.closed, drained.flushed, drained.cut_off
+            ));
+            Ok(())
+        }
+        _ = terminate.recv() => anyhow::bail!("ended at once by a second signal"),
+        _ = interrupt.recv() => anyhow::bail!("ended at once by a second signal"),
+    }
+}
+
+fn start_log(config: &Config) {
+    let is_terminal = std::io::stderr().is_terminal();
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(&config.log).with_writer(std::io::stderr).with_ansi(is_terminal);
+    if config.log_json { builder.json().init() } else { builder.init() }
+}
+
+fn environment_help() -> String {
+    let mut help = "Environment (defaults in brackets):\n".to_owned();
+    for variable in VARIABLES {
+        help += &format!("  {} [{}]\n      {}\n", variable.name, variable.default, variable.help);
+    }
+    help
+}
+
+fn refuse(message: &str) -> ExitCode {
+    #[expect(clippy::print_stderr, reason = "one line for whoever started it, also before there is a log")]
+    {
+        eprintln!("hubcast: {message}");
+    }
+    ExitCode::FAILURE
+}
+
+fn say(text: &str) {
+    #[expect(clippy::print_stdout, reason = "what the operator should see, apart from the log")]
+    {
+        println!("{text}");
+    }
+}

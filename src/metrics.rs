@@ -1,0 +1,299 @@
+//! All metrics, one field each, in the Prometheus text format of `prometheus-client`.
+//!
+//! Counters on the message path are spread over cache lines by thread, so cores do not contend;
+//! gauges that would cost something there are computed when they are scraped. No label carries
+//! anything from outside: the number of series is fixed.
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use crossbeam_utils::CachePadded;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::{Atomic, Counter};
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::Registry;
+
+use crate::clock;
+use crate::close::CloseReason;
+use crate::outbox::Writer;
+
+/// A counter that many threads can count on at once.
+pub type Count = Counter<u64, Sharded>;
+
+const SHARDS: usize = 16;
+
+/// An atomic number in as many parts as threads are likely to meet.
+#[derive(Debug, Default)]
+pub struct Sharded([CachePadded<AtomicU64>; SHARDS]);
+
+static NEXT_SHARD: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    static SHARD: Cell<usize> = Cell::new(NEXT_SHARD.fetch_add(1, Ordering::Relaxed) % SHARDS);
+}
+
+impl Atomic<u64> for Sharded {
+    fn inc(&self) -> u64 {
+        self.inc_by(1)
+    }
+
+    fn inc_by(&self, by: u64) -> u64 {
+        self.0[SHARD.get()].fetch_add(by, Ordering::Relaxed)
+    }
+
+    fn get(&self) -> u64 {
+        self.0.iter().map(|part| part.load(Ordering::Relaxed)).sum()
+    }
+}
+
+/// Where a publication came from.
+#[derive(Clone, Copy, Debug)]
+pub enum Source {
+    /// A client's `publish` command.
+    Socket,
+    /// The HTTP API.
+    Http,
+    /// A Redis channel; with Redis, what clients and the API publish comes back here too.
+    Redis,
+}
+
+/// Why frames or messages were dropped.
+#[derive(Clone, Copy, Debug)]
+pub enum Drop {
+    /// They waited for a slow consumer, or came for one.
+    SlowConsumer,
+    /// They waited for a connection that was lost or did not answer.
+    ConnectionLost,
+    /// The queue behind the Redis link was full; the channel is told a gap.
+    RedisQueueFull,
+    /// A Redis message above `HUBCAST_PUBLISH_BYTES_MAX`; the channel is told a gap.
+    RedisTooLarge,
+}
+
+/// Why a connection was refused before the upgrade.
+#[derive(Clone, Copy, Debug)]
+pub enum Refused {
+    /// `HUBCAST_CONNECTIONS_MAX` is reached.
+    Limit,
+    /// The gateway is draining.
+    Draining,
+    /// Not a WebSocket handshake that RFC 6455 §4.2.1 allows.
+    Handshake,
+    /// Nothing complete arrived within `HUBCAST_HANDSHAKE_TIMEOUT`.
+    Timeout,
+}
+
+/// Which Redis connection.
+#[derive(Clone, Copy, Debug)]
+pub enum Link {
+    /// The multiplexer's.
+    Subscribe,
+    /// The publisher's.
+    Publish,
+}
+
+type Labelled<const N: usize> = [Count; N];
+type Labels = [(&'static str, &'static str); 1];
+
+/// The gateway's metrics.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    /// Open WebSocket connections.
+    pub connections: Gauge,
+    /// WebSocket connections ever opened.
+    pub connections_total: Count,
+    closed: Labelled<{ CloseReason::LABELS.len() }>,
+    refused: Labelled<4>,
+    /// Failed `accept` calls.
+    pub accept_errors: Count,
+    /// Subscriptions, pending ones included.
+    pub subscriptions: Gauge,
+    /// Channels with a subscription.
+    pub channels: Gauge,
+    publications: Labelled<3>,
+    /// Publications put into outboxes.
+    pub deliveries: Count,
+    /// Frames written to sockets.
+    pub frames_sent: Count,
+    /// Bytes written to WebSocket connections.
+    pub bytes_sent: Count,
+    /// Bytes read from WebSocket connections.
+    pub bytes_received: Count,
+    dropped: Labelled<4>,
+    /// Frames that wait in outboxes.
+    pub outbox_frames: Gauge,
+    /// Bytes that wait in outboxes; a frame counts in each.
+    pub outbox_bytes: Gauge,
+    /// Seconds from the lookup of a channel until its last outbox has the publication.
+    pub fanout: Histogram,
+    /// Seconds from encoding a frame until the sockets of a flush slice had it; one sample a slice.
+    pub publish_to_socket: Histogram,
+    links: [Gauge; 2],
+    reconnects: Labelled<2>,
+    /// Channels subscribed again after a reconnect.
+    pub resubscribes: Count,
+    /// Channels whose subscribers were told a gap.
+    pub gaps: Count,
+    /// Microseconds the last probe took through Redis and back.
+    pub probe_lag_us: Gauge,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("hubcast");
+        let r = &mut registry;
+        let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
+        r.register("build", "The running build", build);
+        Self {
+            connections: register(r, "connections", "Open WebSocket connections"),
+            connections_total: register(r, "connections_opened", "WebSocket connections opened"),
+            closed: labelled(
+                r,
+                "connections_closed",
+                "WebSocket connections closed, by reason",
+                "reason",
+                CloseReason::LABELS,
+            ),
+            refused: labelled(
+                r,
+                "connections_refused",
+                "Connections refused before the upgrade, by reason",
+                "reason",
+                ["limit", "draining", "handshake", "timeout"],
+            ),
+            accept_errors: register(r, "accept_errors", "Failed accept calls"),
+            subscriptions: register(r, "subscriptions", "Subscriptions, pending ones included"),
+            channels: register(r, "channels", "Channels with a subscription"),
+            publications: labelled(
+                r,
+                "publications",
+                "Publications taken in, by source",
+                "source",
+                ["socket", "http", "redis"],
+            ),
+            deliveries: register(r, "deliveries", "Publications put into outboxes"),
+            frames_sent: register(r, "frames_sent", "Frames written to sockets"),
+            bytes_sent: register(r, "bytes_sent", "Bytes written to WebSocket connections"),
+            bytes_received: register(r, "bytes_received", "Bytes read from WebSocket connections"),
+            dropped: labelled(
+                r,
+                "dropped",
+                "Frames and messages dropped, by reason",
+                "reason",
+                ["slow_consumer", "connection_lost", "redis_queue_full", "redis_too_large"],
+            ),
+            outbox_frames: register(r, "outbox_frames", "Frames that wait in outboxes"),
+            outbox_bytes: register(r, "outbox_bytes", "Bytes that wait in outboxes"),
+            fanout: histogram(r, "fanout_duration_seconds", "Time to push one publication into all its outboxes"),
+            publish_to_socket: histogram(
+                r,
+                "publish_to_socket_seconds",
+                "Time from encoding a frame until a slice of sockets had it, one sample a slice",
+            ),
+            links: links(r),
+            reconnects: labelled(
+                r,
+                "redis_reconnects",
+                "Redis connections made anew after a loss",
+                "link",
+                ["subscribe", "publish"],
+            ),
+            resubscribes: register(r, "redis_resubscribes", "Channels subscribed again after a reconnect"),
+            gaps: register(r, "gaps", "Channels whose subscribers were told a gap"),
+            probe_lag_us: register(r, "redis_probe_lag_microseconds", "How long the last probe took through Redis"),
+            registry,
+        }
+    }
+}
+
+impl Metrics {
+    /// Counts the end of a connection.
+    pub fn closed(&self, reason: &CloseReason) {
+        self.closed[reason.index()].inc();
+    }
+
+    /// Counts a refusal before the upgrade.
+    pub fn refused(&self, why: Refused) {
+        self.refused[why as usize].inc();
+    }
+
+    /// Counts a publication that came in.
+    pub fn publication(&self, source: Source) {
+        self.publications[source as usize].inc();
+    }
+
+    /// Counts drops.
+    pub fn dropped(&self, why: Drop, number: usize) {
+        self.dropped[why as usize].inc_by(number as u64);
+    }
+
+    /// Counts what a writer sent and resets it. The latency of its last batch is one sample.
+    pub fn flushed(&self, writer: &mut Writer) {
+        if writer.frames_sent > 0 {
+            self.frames_sent.inc_by(std::mem::take(&mut writer.frames_sent));
+            self.bytes_sent.inc_by(std::mem::take(&mut writer.bytes_sent));
+            let latency_us = clock::now_us().saturating_sub(writer.oldest_us);
+            self.publish_to_socket.observe(latency_us as f64 / 1e6);
+        }
+        if writer.frames_dropped > 0 {
+            self.dropped(Drop::ConnectionLost, std::mem::take(&mut writer.frames_dropped) as usize);
+        }
+    }
+
+    /// Notes whether a Redis connection is up.
+    pub fn link_up(&self, link: Link, is_up: bool) {
+        self.links[link as usize].set(i64::from(is_up));
+    }
+
+    /// Counts a connection made anew.
+    pub fn reconnected(&self, link: Link) {
+        self.reconnects[link as usize].inc();
+    }
+
+    /// The text that Prometheus scrapes.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        match encode(&mut text, &self.registry) {
+            Ok(()) => text,
+            Err(error) => format!("# {error}\n"),
+        }
+    }
+}
+
+fn register<M>(registry: &mut Registry, name: &str, help: &str) -> M
+where
+    M: prometheus_client::registry::Metric + Clone + Default,
+{
+    let metric = M::default();
+    registry.register(name, help, metric.clone());
+    metric
+}
+
+fn labelled<const N: usize>(
+    registry: &mut Registry,
+    name: &str,
+    help: &str,
+    label: &'static str,
+    values: [&'static str; N],
+) -> Labelled<N> {
+    let family = Family::<Labels, Count>::default();
+    registry.register(name, help, family.clone());
+    values.map(|value| family.get_or_create_owned(&[(label, value)]))
+}
+
+fn links(registry: &mut Registry) -> [Gauge; 2] {
+    let family = Family::<Labels, Gauge>::default();
+    registry.register("redis_link_up", "Whether the Redis connection is up", family.clone());
+    ["subscribe", "publish"].map(|link| family.get_or_create_owned(&[("link", link)]))
+}
+
+/// 1 µs to 8.4 s in steps of 2.
+fn histogram(registry: &mut Registry, name: &str, help: &str) -> Histogram {
+    let histogram = Histogram::new(exponential_buckets(1e-6, 2.0, 24));
+    registry.register(name, help, histogram.clone());
+    histogram
+}

@@ -1,0 +1,478 @@
+//! The bounded queue in front of one socket, and the right to write to it.
+//!
+//! Publishers only push. Whoever moves the outbox out of [`Phase::Idle`] owns the write side,
+//! the unsent remainder included, and gives it back in the same critical section in which it
+//! sees the queue empty. When the socket refuses bytes the right passes to the connection's own
+//! task, which waits until the socket is writable. `tests/it/outbox_model.rs` proves with loom
+//! that nothing is stranded.
+//!
+//! **Who is slow.** An outbox is slow only because its own socket refused bytes. A full outbox
+//! that was not refused is *late*: it is the server that is behind, so the publisher waits. A
+//! full and refused one gets a moment to make room (see [`STALL_US_MAX`], [`DRAIN_US_MAX`]);
+//! only then is it slow, and closed.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::sync::Arc;
+
+use arrayvec::ArrayVec;
+use parking_lot::Mutex;
+
+use crate::frame::Frame;
+
+/// A full outbox whose socket took no byte for this long (µs) is slow. A reader whose process
+/// waits for a processor on a loaded machine takes up to some 100 ms to come back.
+pub const STALL_US_MAX: u64 = 1_000_000;
+
+/// A full outbox that did not come down to half its bounds for this long (µs) after its socket
+/// began to refuse is slow, however much it trickles: that is how long one reader may hold up a publisher.
+pub const DRAIN_US_MAX: u64 = 3_000_000;
+
+/// Most frames of one vectored write (`IOV_MAX` on Linux).
+const WRITE_FRAMES_MAX: usize = 1024;
+
+/// Pongs that can wait; beyond it the newest replaces the last (RFC 6455 §5.5.3 allows to answer only that).
+const PONGS_MAX: usize = 16;
+
+/// An empty queue keeps at most this capacity, so that a burst leaves no memory behind.
+const IDLE_CAPACITY_MAX: usize = 32;
+
+/// The transport seam: the writer's only I/O. Readiness comes from the TCP socket.
+pub trait Transport {
+    /// Writes what fits without blocking.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::WouldBlock`] if nothing fits now; anything else ends the connection.
+    fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize>;
+}
+
+/// A short critical section. Production uses [`Mutex`]; the model test explores every interleaving with loom's.
+pub trait Lock<T> {
+    /// Runs `section` alone.
+    fn with<R>(&self, section: impl FnOnce(&mut T) -> R) -> R;
+}
+
+impl<T> Lock<T> for Mutex<T> {
+    fn with<R>(&self, section: impl FnOnce(&mut T) -> R) -> R {
+        section(&mut self.lock())
+    }
+}
+
+/// Bounds of one outbox.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// `HUBCAST_OUTBOX_MESSAGES`
+    pub messages: usize,
+    /// `HUBCAST_OUTBOX_BYTES`
+    pub bytes: usize,
+}
+
+/// What became of a pushed frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Push {
+    /// Queued; whoever has the write right will send it.
+    Queued,
+    /// Queued, and the caller now has the write right: it flushes the outbox or hands it to a lane.
+    Schedule,
+    /// Queued above the bounds; the caller must wait for room before it publishes more.
+    Late,
+    /// Not queued: the connection is a slow consumer and has to be closed.
+    Slow,
+    /// Not queued: the connection is closing.
+    Closed,
+}
+
+/// Who has the write right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Nobody; the queue is empty.
+    Idle,
+    /// Whoever pushed into the idle outbox, or the lane it was handed to.
+    Scheduled,
+    /// The connection's own task, once the socket is writable.
+    Blocked,
+    /// Nobody any more: the close frame is sent.
+    Finished,
+    /// Nobody any more: the socket failed, or was given up.
+    Failed,
+}
+
+/// How a flush ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Flushed {
+    /// Everything is sent and the write right given back.
+    Idle,
+    /// The socket refused bytes: the connection's own task has the right now and must be woken.
+    Blocked,
+    /// The close frame is sent; the connection's own task must be woken.
+    Finished,
+    /// The socket failed; the connection's own task must be woken.
+    Failed,
+}
+
+/// The outbox of one connection.
+#[derive(Debug, Default)]
+pub struct Outbox<L = Mutex<State>> {
+    state: L,
+}
+
+impl<L: Lock<State>> Outbox<L> {
+    /// An outbox around a lock that holds a default state.
+    pub fn new(state: L) -> Self {
+        Self { state }
+    }
+
+    /// Queues a frame.
+    pub fn push(&self, frame: &Arc<Frame>, limits: &Limits) -> Push {
+        self.state.with(|state| state.push(frame, limits))
+    }
+
+    /// Requests a ping frame at the next frame border. True: the caller has the write right now.
+    pub fn ping(&self, frame: Arc<Frame>) -> bool {
+        self.state.with(|state| state.control(|slots| slots.ping = Some(frame)))
+    }
+
+    /// Requests a pong frame at the next frame border. True: the caller has the write right now.
+    pub fn pong(&self, frame: Arc<Frame>) -> bool {
+        self.state.with(|state| {
+            state.control(|slots| {
+                slots.pongs.truncate(PONGS_MAX - 1);
+                slots.pongs.push(frame);
+            })
+        })
+    }
+
+    /// Lets `frame` be the last one; nothing is taken any more. With `keep_queue` what is queued goes first,
+    /// otherwise only the frame that was begun. Returns how many frames that drops. Afterwards the
+    /// connection's own task must be woken.
+    pub fn close(&self, frame: Arc<Frame>, keep_queue: bool) -> usize {
+        self.state.with(|state| state.close(frame, keep_queue))
+    }
+
+    /// Writes everything pending. Only the owner of the write right may call this.
+    pub fn flush(&self, transport: &impl Transport, writer: &mut Writer, limits: &Limits, now_us: u64) -> Flushed {
+        loop {
+            if let Some(end) = self.state.with(|state| state.take(&mut writer.batch)) {
+                return end;
+            }
+            writer.oldest_us = writer.batch.frames.first().map_or(0, |frame| frame.created_us);
+            match writer.write(transport) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return self.state.with(|state| state.refuse(&mut writer.batch, limits, now_us));
+                }
+                Err(_) => {
+                    writer.frames_dropped += (writer.batch.unsent().len() + self.state.with(State::fail)) as u64;
+                    writer.batch.clear();
+                    return Flushed::Failed;
+                }
+            }
+        }
+    }
+
+    /// Ends the outbox without a close frame; returns how many frames that drops.
+    pub fn fail(&self) -> usize {
+        self.state.with(State::fail)
+    }
+
+    /// Who has the write right.
+    pub fn phase(&self) -> Phase {
+        self.state.with(|state| state.phase)
+    }
+
+    /// Whether a publisher that found the outbox late may go on.
+    pub fn has_room(&self, limits: &Limits) -> bool {
+        self.state.with(|state| state.is_closing() || state.is_at_most_half(limits))
+    }
+
+    /// Whether the peer has been too slow at `now_us`: the oldest unsent frame is older than `age_us_max`,
+    /// or the outbox stayed full. Both count from when the socket began to refuse.
+    pub fn is_overdue(&self, now_us: u64, age_us_max: u64, limits: &Limits) -> bool {
+        self.state.with(|state| state.is_overdue(now_us, age_us_max, limits))
+    }
+
+    /// Frames and bytes that wait.
+    pub fn depth(&self) -> (usize, usize) {
+        self.state.with(|state| (state.queue.len(), state.bytes))
+    }
+}
+
+/// What the lock of an outbox guards.
+#[derive(Debug)]
+pub struct State {
+    queue: VecDeque<Arc<Frame>>,
+    /// Unsent bytes of `queue`.
+    bytes: usize,
+    /// Bytes of the first frame that are sent already.
+    head_sent: usize,
+    phase: Phase,
+    /// A close frame is queued; nothing follows it.
+    closing: bool,
+    /// Closing, and only the frame that was begun may precede the close frame.
+    discarding: bool,
+    /// Control frames that wait for a frame border; absent while there are none.
+    slots: Option<Box<Slots>>,
+    /// First refusal since the outbox was last empty (0: none).
+    refused_us: u64,
+    /// Last time the socket took bytes since then.
+    progress_us: u64,
+    /// Last time since then that the outbox was at most half full after a write.
+    room_us: u64,
+}
+
+#[derive(Debug, Default)]
+struct Slots {
+    ping: Option<Arc<Frame>>,
+    pongs: Vec<Arc<Frame>>,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            queue: VecDeque::new(),
+            bytes: 0,
+            head_sent: 0,
+            phase: Phase::Idle,
+            closing: false,
+            discarding: false,
+            slots: None,
+            refused_us: 0,
+            progress_us: 0,
+            room_us: 0,
+        }
+    }
+}
+
+impl State {
+    fn push(&mut self, frame: &Arc<Frame>, limits: &Limits) -> Push {
+        if self.is_closing() {
+            return Push::Closed;
+        }
+        // An empty outbox takes any one frame.
+        let is_full =
+            !self.queue.is_empty() && (self.queue.len() >= limits.messages || self.bytes + frame.len() > limits.bytes);
+        if is_full && self.is_slow(frame.created_us) {
+            return Push::Slow;
+        }
+        self.bytes += frame.len();
+        self.queue.push_back(Arc::clone(frame));
+        if is_full {
+            Push::Late
+        } else if self.claim() {
+            Push::Schedule
+        } else {
+            Push::Queued
+        }
+    }
+
+    fn is_closing(&self) -> bool {
+        self.closing || self.phase == Phase::Failed
+    }
+
+    /// Takes the write right if nobody has it.
+    fn claim(&mut self) -> bool {
+        let is_idle = self.phase == Phase::Idle;
+        if is_idle {
+            self.phase = Phase::Scheduled;
+        }
+        is_idle
+    }
+
+    fn control(&mut self, fill: impl FnOnce(&mut Slots)) -> bool {
+        if self.is_closing() {
+            return false;
+        }
+        fill(self.slots.get_or_insert_default());
+        self.claim()
+    }
+
+    fn close(&mut self, frame: Arc<Frame>, keep_queue: bool) -> usize {
+        if self.is_closing() {
+            return 0;
+        }
+        self.closing = true;
+        self.discarding = !keep_queue;
+        self.slots = None;
+        let dropped = if self.discarding { self.discard_after_begun() } else { 0 };
+        self.bytes += frame.len();
+        self.queue.push_back(frame);
+        if self.phase == Phase::Idle {
+            self.phase = Phase::Blocked;
+        }
+        dropped
+    }
+
+    /// Drops all frames but the one of which a part is sent.
+    fn discard_after_begun(&mut self) -> usize {
+        let before = self.queue.len();
+        self.queue.truncate(usize::from(self.head_sent > 0));
+        self.bytes = self.queue.front().map_or(0, |head| head.len() - self.head_sent);
+        before - self.queue.len()
+    }
+
+    /// Moves what is pending into `batch`, or gives the write right back and says how it ended.
+    fn take(&mut self, batch: &mut Batch) -> Option<Flushed> {
+        if self.phase == Phase::Failed {
+            return Some(Flushed::Failed);
+        }
+        if self.queue.is_empty() && self.slots.is_none() {
+            self.refused_us = 0;
+            self.queue.shrink_to(IDLE_CAPACITY_MAX);
+            self.phase = if self.closing { Phase::Finished } else { Phase::Idle };
+            return Some(if self.closing { Flushed::Finished } else { Flushed::Idle });
+        }
+        batch.clear();
+        batch.head_sent = std::mem::take(&mut self.head_sent);
+        let slots = self.slots.take();
+        if batch.head_sent > 0 {
+            batch.frames.extend(self.queue.pop_front());
+        }
+        if let Some(slots) = slots {
+            batch.frames.extend(slots.pongs);
+            batch.frames.extend(slots.ping);
+        }
+        let room = WRITE_FRAMES_MAX - batch.frames.len();
+        batch.frames.extend(self.queue.drain(..room.min(self.queue.len())));
+        self.bytes = if self.queue.is_empty() { 0 } else { self.queue.iter().map(|frame| frame.len()).sum() };
+        None
+    }
+
+    /// Takes back what the socket refused and passes the write right to the connection's own task.
+    fn refuse(&mut self, batch: &mut Batch, limits: &Limits, now_us: u64) -> Flushed {
+        if self.phase == Phase::Failed {
+            batch.clear();
+            return Flushed::Failed;
+        }
+        let unsent = batch.unsent();
+        // A close without the queue may have come during the write.
+        let kept = if self.discarding { usize::from(batch.head_sent > 0).min(unsent.len()) } else { unsent.len() };
+        for frame in unsent[..kept].iter().rev() {
+            self.bytes += frame.len();
+            self.queue.push_front(Arc::clone(frame));
+        }
+        self.head_sent = if kept == 0 { 0 } else { batch.head_sent };
+        self.bytes -= self.head_sent;
+        if self.refused_us == 0 {
+            self.refused_us = now_us;
+            self.progress_us = now_us;
+            self.room_us = now_us;
+        }
+        if batch.progress {
+            self.progress_us = now_us;
+            if self.is_at_most_half(limits) {
+                self.room_us = now_us;
+            }
+        }
+        batch.clear();
+        self.phase = Phase::Blocked;
+        Flushed::Blocked
+    }
+
+    fn fail(&mut self) -> usize {
+        let dropped = self.queue.len();
+        self.phase = Phase::Failed;
+        self.queue = VecDeque::new();
+        self.bytes = 0;
+        self.slots = None;
+        dropped
+    }
+
+    fn is_slow(&self, now_us: u64) -> bool {
+        self.phase == Phase::Blocked
+            && (now_us.saturating_sub(self.progress_us) > STALL_US_MAX
+                || now_us.saturating_sub(self.room_us) > DRAIN_US_MAX)
+    }
+
+    fn is_at_most_half(&self, limits: &Limits) -> bool {
+        self.queue.len() <= limits.messages / 2 && self.bytes <= limits.bytes / 2
+    }
+
+    fn is_overdue(&self, now_us: u64, age_us_max: u64, limits: &Limits) -> bool {
+        let Some(head) = self.queue.front() else { return false };
+        if self.phase != Phase::Blocked || self.closing || self.refused_us == 0 {
+            return false;
+        }
+        let is_full = self.queue.len() >= limits.messages || self.bytes >= limits.bytes;
+        now_us.saturating_sub(self.refused_us.max(head.created_us)) > age_us_max || (is_full && self.is_slow(now_us))
+    }
+}
+
+/// Scratch space of one flusher, kept from flush to flush so that none allocates.
+#[derive(Debug, Default)]
+pub struct Writer {
+    batch: Batch,
+    /// Frames completely written since the owner last reset it.
+    pub frames_sent: u64,
+    /// Bytes written since the owner last reset it.
+    pub bytes_sent: u64,
+    /// Frames that a failing socket left unsent since the owner last reset it.
+    pub frames_dropped: u64,
+    /// When the first frame of the last batch was made (µs).
+    pub oldest_us: u64,
+}
+
+#[derive(Debug, Default)]
+struct Batch {
+    frames: Vec<Arc<Frame>>,
+    /// Frames at the front that are sent.
+    done: usize,
+    /// Bytes of the frame after those that are sent.
+    head_sent: usize,
+    /// The socket took some bytes of this batch.
+    progress: bool,
+}
+
+impl Batch {
+    fn clear(&mut self) {
+        self.frames.clear();
+        self.done = 0;
+        self.head_sent = 0;
+        self.progress = false;
+    }
+
+    fn unsent(&self) -> &[Arc<Frame>] {
+        &self.frames[self.done..]
+    }
+
+    /// One vectored write of all that is unsent; message borders are the frames' own.
+    fn write_once(&self, transport: &impl Transport) -> io::Result<usize> {
+        let mut slices = ArrayVec::<IoSlice<'_>, WRITE_FRAMES_MAX>::new();
+        let mut skip = self.head_sent;
+        for frame in self.unsent() {
+            slices.push(IoSlice::new(&frame.bytes()[std::mem::take(&mut skip)..]));
+        }
+        transport.try_write(&slices)
+    }
+
+    /// Moves on by `written` bytes; returns how many frames that completed.
+    fn advance(&mut self, written: usize) -> usize {
+        let before = self.done;
+        self.progress = true;
+        self.head_sent += written;
+        while let Some(frame) = self.frames.get(self.done).filter(|frame| frame.len() <= self.head_sent) {
+            self.head_sent -= frame.len();
+            self.done += 1;
+        }
+        self.done - before
+    }
+}
+
+impl Writer {
+    /// Writes the batch until it is sent or the socket refuses.
+    fn write(&mut self, transport: &impl Transport) -> io::Result<()> {
+        while self.batch.done < self.batch.frames.len() {
+            match self.batch.write_once(transport) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    self.bytes_sent += written as u64;
+                    self.frames_sent += self.batch.advance(written) as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,298 @@
+//! The commands of `hubcast.v1`: text in, typed [`Request`]s out. Pure, no I/O, never awaits.
+//!
+//! A frame holds one JSON object or an array of them. Every command is judged by itself: a bad
+//! one is a [`Refusal`] with the command's id and does not stop the rest. What the server says
+//! is in `event.rs`.
+
+use std::borrow::Cow;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+/// The subprotocol name of the JSON protocol.
+pub const SUBPROTOCOL: &str = "hubcast.v1";
+
+/// The subprotocol name of raw mode.
+pub const SUBPROTOCOL_RAW: &str = "hubcast.raw.v1";
+
+/// Longest request id, in bytes of JSON; it is copied into the reply.
+const ID_BYTES_MAX: usize = 256;
+
+/// Longest error message, in bytes.
+const MESSAGE_BYTES_MAX: usize = 200;
+
+/// Longest channel name, in bytes.
+pub const CHANNEL_BYTES_MAX: usize = 255;
+
+/// Error codes of the protocol and the HTTP API.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorCode {
+    /// The command cannot be understood.
+    BadRequest,
+    /// The command's `type` is not known.
+    UnknownType,
+    /// No API key, or a wrong one (HTTP API only so far).
+    Unauthorized,
+    /// Not allowed by the channel's rule.
+    Forbidden,
+    /// No such resource or route (HTTP API only).
+    NotFound,
+    /// The route has no such method (HTTP API only).
+    MethodNotAllowed,
+    /// A limit of this connection is reached.
+    LimitExceeded,
+    /// Redis did not take it; nothing was sent.
+    Unavailable,
+    /// Redis did not answer in time; it may or may not have been sent.
+    OutcomeUnknown,
+    /// The payload is above its limit.
+    TooLarge,
+}
+
+impl ErrorCode {
+    /// The code as it is written in replies. An unknown outcome is `unavailable` to a client;
+    /// the message tells the difference.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::BadRequest => "bad_request",
+            Self::UnknownType => "unknown_type",
+            Self::Unauthorized => "unauthorized",
+            Self::Forbidden => "forbidden",
+            Self::NotFound => "not_found",
+            Self::MethodNotAllowed => "method_not_allowed",
+            Self::LimitExceeded => "limit_exceeded",
+            Self::Unavailable | Self::OutcomeUnknown => "unavailable",
+            Self::TooLarge => "too_large",
+        }
+    }
+}
+
+/// Why a command or request was not carried out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// What kind of error it is.
+    pub code: ErrorCode,
+    /// What is wrong, for a person.
+    pub message: Cow<'static, str>,
+    /// When trying again makes sense, in milliseconds.
+    pub retry_after_ms: Option<u64>,
+}
+
+impl Refusal {
+    /// A refusal without a retry hint.
+    pub fn new(code: ErrorCode, message: impl Into<Cow<'static, str>>) -> Self {
+        Self { code, message: message.into(), retry_after_ms: None }
+    }
+
+    /// Nothing was sent: Redis is away.
+    pub fn unavailable() -> Self {
+        let message = "redis is not reachable, nothing was sent";
+        Self { retry_after_ms: Some(1000), ..Self::new(ErrorCode::Unavailable, message) }
+    }
+
+    /// Redis did not answer in time.
+    pub fn outcome_unknown() -> Self {
+        let message = "redis did not answer in time, outcome unknown";
+        Self { retry_after_ms: Some(1000), ..Self::new(ErrorCode::OutcomeUnknown, message) }
+    }
+
+    /// Redis answered with an error, such as a missing permission.
+    pub fn redis_error(error: &str) -> Self {
+        Self::new(ErrorCode::Unavailable, format!("redis refused: {error}"))
+    }
+
+    /// A payload above `HUBCAST_PUBLISH_BYTES_MAX`.
+    pub fn payload_too_large(limit_bytes: usize) -> Self {
+        Self::new(ErrorCode::TooLarge, format!("the payload is above {limit_bytes} bytes"))
+    }
+
+    fn bad_request(message: impl Into<Cow<'static, str>>) -> Self {
+        Self::new(ErrorCode::BadRequest, message)
+    }
+}
+
+/// One command of a client with the id that its reply carries.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Request<'a> {
+    /// The id's JSON text, a string or a number.
+    pub id: Option<&'a str>,
+    /// The command, or why there is none.
+    pub command: Result<Command<'a>, Refusal>,
+}
+
+/// What a client can ask for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Command<'a> {
+    /// Join channels; each gets its own reply.
+    Subscribe(Vec<Target<'a>>),
+    /// Leave channels; each gets its own reply.
+    Unsubscribe(Vec<Target<'a>>),
+    /// Publish to a channel.
+    Publish {
+        /// The channel's name, valid.
+        channel: Cow<'a, str>,
+        /// The payload's JSON text, byte for byte.
+        data: &'a str,
+    },
+    /// Answered by `pong`.
+    Ping,
+}
+
+/// One channel of a batch: its name, or the name as given and what is wrong with it.
+pub type Target<'a> = Result<Cow<'a, str>, (Cow<'a, str>, Refusal)>;
+
+/// Reads one text frame and hands each of its commands to `handle`, in order.
+pub fn parse<'a>(text: &'a str, mut handle: impl FnMut(Request<'a>)) {
+    if !text.trim_ascii_start().starts_with('[') {
+        return handle(parse_command(text));
+    }
+    match serde_json::from_str::<Vec<&RawValue>>(text) {
+        Ok(commands) if commands.is_empty() => handle(refused("an empty array has no command")),
+        Ok(commands) => commands.into_iter().for_each(|command| handle(parse_command(command.get()))),
+        Err(error) => handle(refused(format!("not JSON: {error}"))),
+    }
+}
+
+/// Checks a channel name: 1 to 255 bytes of `A-Z a-z 0-9 _ - . : / @ # = , ;`, not starting with `__`.
+///
+/// # Errors
+/// A `bad_request` refusal that says what is allowed.
+pub fn check_channel_name(name: &str) -> Result<(), Refusal> {
+    let allowed = |byte: u8| {
+        byte.is_ascii_alphanumeric()
+            || matches!(byte, b'_' | b'-' | b'.' | b':' | b'/' | b'@' | b'#' | b'=' | b',' | b';')
+    };
+    if name.is_empty() || name.len() > CHANNEL_BYTES_MAX {
+        return Err(Refusal::bad_request("a channel name has 1 to 255 bytes"));
+    }
+    if name.starts_with("__") {
+        return Err(Refusal::bad_request("channel names starting with __ are reserved"));
+    }
+    if !name.bytes().all(allowed) {
+        return Err(Refusal::bad_request("a channel name consists of A-Z a-z 0-9 _ - . : / @ # = , ;"));
+    }
+    Ok(())
+}
+
+/// The members of a command, each kept as JSON text so that a wrong type still has its id.
+#[derive(Deserialize)]
+struct Members<'a> {
+    #[serde(borrow, rename = "type", default, deserialize_with = "present")]
+    kind: Option<&'a RawValue>,
+    #[serde(borrow, default, deserialize_with = "present")]
+    id: Option<&'a RawValue>,
+    #[serde(borrow, default, deserialize_with = "present")]
+    channel: Option<&'a RawValue>,
+    #[serde(borrow, default, deserialize_with = "present")]
+    channels: Option<&'a RawValue>,
+    #[serde(borrow, default, deserialize_with = "present")]
+    data: Option<&'a RawValue>,
+}
+
+/// Keeps a JSON `null` apart from an absent member.
+pub(crate) fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(Some)
+}
+
+fn parse_command(text: &str) -> Request<'_> {
+    let members = match serde_json::from_str::<Members<'_>>(text) {
+        Ok(members) => members,
+        Err(error) if error.is_data() && !text.trim_ascii_start().starts_with('{') => {
+            return refused("a command is a JSON object");
+        }
+        Err(error) => return refused(format!("not a command: {error}")),
+    };
+    let id = match members.id.map(request_id) {
+        None => None,
+        Some(Ok(id)) => Some(id),
+        Some(Err(refusal)) => return Request { id: None, command: Err(refusal) },
+    };
+    Request { id, command: command(&members) }
+}
+
+fn command<'a>(members: &Members<'a>) -> Result<Command<'a>, Refusal> {
+    let kind = members.kind.and_then(string).ok_or_else(|| Refusal::bad_request("type must be a string"))?;
+    match kind.as_ref() {
+        "subscribe" => targets(members).map(Command::Subscribe),
+        "unsubscribe" => targets(members).map(Command::Unsubscribe),
+        "publish" => {
+            let channel = members.channel.ok_or_else(|| Refusal::bad_request("channel is missing"))?;
+            let data = members.data.ok_or_else(|| Refusal::bad_request("data is missing"))?;
+            let channel = raw_target(channel).map_err(|(_, refusal)| refusal)?;
+            Ok(Command::Publish { channel, data: data.get() })
+        }
+        "ping" => Ok(Command::Ping),
+        _ => Err(Refusal::new(ErrorCode::UnknownType, "this type is not known")),
+    }
+}
+
+fn targets<'a>(members: &Members<'a>) -> Result<Vec<Target<'a>>, Refusal> {
+    match (members.channel, members.channels) {
+        (Some(channel), None) => Ok(vec![raw_target(channel)]),
+        (None, Some(channels)) => {
+            let channels = serde_json::from_str::<Vec<&RawValue>>(channels.get())
+                .map_err(|_| Refusal::bad_request("channels must be an array"))?;
+            if channels.is_empty() {
+                return Err(Refusal::bad_request("channels is empty"));
+            }
+            Ok(channels.into_iter().map(batch_element).collect())
+        }
+        _ => Err(Refusal::bad_request("either channel or channels is needed")),
+    }
+}
+
+/// A name, or an object with one. What else the object has is for features that are not on here.
+fn batch_element(element: &RawValue) -> Target<'_> {
+    if !element.get().starts_with('{') {
+        return raw_target(element);
+    }
+    #[derive(Deserialize)]
+    struct Element<'a> {
+        #[serde(borrow)]
+        channel: &'a RawValue,
+    }
+    match serde_json::from_str::<Element<'_>>(element.get()) {
+        Ok(element) => raw_target(element.channel),
+        Err(_) => Err((Cow::Borrowed(""), Refusal::bad_request("channel is missing"))),
+    }
+}
+
+fn raw_target(raw: &RawValue) -> Target<'_> {
+    match string(raw) {
+        Some(name) => target(name),
+        None => Err((Cow::Borrowed(""), Refusal::bad_request("a channel is a string"))),
+    }
+}
+
+/// A channel by the name that somebody gave.
+pub fn target(name: Cow<'_, str>) -> Target<'_> {
+    match check_channel_name(&name) {
+        Ok(()) => Ok(name),
+        Err(refusal) => Err((name, refusal)),
+    }
+}
+
+fn request_id(raw: &RawValue) -> Result<&str, Refusal> {
+    let text = raw.get();
+    let is_id = text.starts_with(|first: char| first == '"' || first == '-' || first.is_ascii_digit());
+    if !is_id || text.len() > ID_BYTES_MAX {
+        return Err(Refusal::bad_request("id is a string or a number of at most 256 bytes"));
+    }
+    Ok(text)
+}
+
+/// The value of a JSON string, borrowed where it has no escapes.
+fn string(raw: &RawValue) -> Option<Cow<'_, str>> {
+    let inner = raw.get().strip_prefix('"')?.strip_suffix('"')?;
+    if inner.contains('\\') { serde_json::from_str(raw.get()).ok().map(Cow::Owned) } else { Some(Cow::Borrowed(inner)) }
+}
+
+/// The parser's messages may quote what the client sent, so their length is bounded.
+fn refused<'a>(message: impl Into<Cow<'static, str>>) -> Request<'a> {
+    let mut message = message.into();
+    if message.len() > MESSAGE_BYTES_MAX {
+        let shown = message.floor_char_boundary(MESSAGE_BYTES_MAX);
+        message.to_mut().truncate(shown);
+    }
+    Request { id: None, command: Err(Refusal::bad_request(message)) }
+}

@@ -1,0 +1,209 @@
+//! The publishing connection to Redis: one ordered queue, pipelined in batches.
+//!
+//! Jobs leave in the order in which they came, all that wait in one pipeline, one pipeline at a
+//! time: publishes of one client to one channel keep their order also across a reconnect. While
+//! Redis is away every job is answered `unavailable` at once; a pipeline whose answer does not come
+//! within the publish timeout has an unknown outcome.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use redis::aio::MultiplexedConnection;
+use redis::{AsyncConnectionConfig, Client, PushInfo, PushKind};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tracing::{info, warn};
+
+use crate::broker::Broker;
+use crate::channel::Fanout;
+use crate::connection::Connection;
+use crate::event;
+use crate::metrics::Link;
+use crate::protocol::Refusal;
+use crate::redis_link::{self, Backoff};
+
+/// Jobs that wait for their turn; when it is full, sockets are read no further and HTTP requests wait.
+const QUEUE_JOBS_MAX: usize = 4096;
+
+/// Payload bytes that may wait for Redis or its answer.
+const QUEUE_BYTES_MAX: usize = 64 << 20;
+
+/// Jobs of one pipeline.
+const PIPELINE_JOBS_MAX: usize = 512;
+
+/// The sending side of the queue.
+#[derive(Clone, Debug)]
+pub struct Publisher {
+    jobs: mpsc::Sender<(Job, OwnedSemaphorePermit)>,
+    bytes: Arc<Semaphore>,
+}
+
+/// One message to publish.
+#[derive(Debug)]
+pub struct Job {
+    channel: Box<str>,
+    payload: Box<[u8]>,
+    reply: Reply,
+}
+
+/// Who hears of the outcome.
+#[derive(Debug)]
+pub enum Reply {
+    /// A client; `published` only if its command carried an id, errors always.
+    Socket(Arc<Connection>, Option<Box<str>>),
+    /// An HTTP request.
+    Http(oneshot::Sender<Result<(), Refusal>>),
+}
+
+/// The receiving side, to be run by [`run`].
+pub type Jobs = mpsc::Receiver<(Job, OwnedSemaphorePermit)>;
+
+impl Job {
+    /// A job; the payload is copied because it outlives the read buffer.
+    pub fn new(channel: &str, payload: &[u8], reply: Reply) -> Self {
+        Self { channel: channel.into(), payload: payload.into(), reply }
+    }
+
+    /// What it takes of the byte budget; one payload always fits.
+    fn permits(&self) -> u32 {
+        self.payload.len().min(QUEUE_BYTES_MAX) as u32
+    }
+}
+
+impl Publisher {
+    /// The queue's two ends.
+    pub fn new() -> (Self, Jobs) {
+        let (jobs, receiver) = mpsc::channel(QUEUE_JOBS_MAX);
+        (Self { jobs, bytes: Arc::new(Semaphore::new(QUEUE_BYTES_MAX)) }, receiver)
+    }
+
+    /// Queues a job, waiting for room. A queue without a receiver drops the job, and with it the reply.
+    pub async fn send(&self, job: Job) {
+        let permits = Arc::clone(&self.bytes).acquire_many_owned(job.permits()).await;
+        if let Ok(permit) = permits {
+            let _ = self.jobs.send((job, permit)).await;
+        }
+    }
+
+    /// Queues a job, or gives it back when there is no room.
+    ///
+    /// # Errors
+    /// The job.
+    pub fn try_send(&self, job: Job) -> Result<(), Job> {
+        match Arc::clone(&self.bytes).try_acquire_many_owned(job.permits()) {
+            Ok(permit) => self.jobs.try_send((job, permit)).map_err(|error| error.into_inner().0),
+            Err(_) => Err(job),
+        }
+    }
+}
+
+/// Publishes until the runtime ends.
+pub async fn run(client: Client, mut jobs: Jobs, broker: Arc<Broker>, channel_prefix: Box<str>, timeout: Duration) {
+    let metrics = &broker.shared.metrics;
+    let mut backoff = Backoff::default();
+    let mut was_up = false;
+    loop {
+        let lost = Arc::new(Notify::new());
+        let attempt = connect(&client, timeout, Arc::clone(&lost));
+        let connection = match answer_while(attempt, &mut jobs, &broker).await {
+            Ok(connection) => connection,
+            Err(error) => {
+                if std::mem::take(&mut was_up) || backoff.is_first() {
+                    warn!(%error, "cannot publish to redis, retrying");
+                }
+                answer_while(tokio::time::sleep(backoff.pause()), &mut jobs, &broker).await;
+                continue;
+            }
+        };
+        info!("publishing to redis");
+        backoff = Backoff::default();
+        if was_up {
+            metrics.reconnected(Link::Publish);
+        }
+        was_up = true;
+        broker.note_link(Link::Publish, true);
+        publish_until_lost(connection, &lost, &mut jobs, &broker, &channel_prefix).await;
+        broker.note_link(Link::Publish, false);
+        warn!("lost the publishing connection to redis");
+    }
+}
+
+async fn connect(client: &Client, timeout: Duration, lost: Arc<Notify>) -> redis::RedisResult<MultiplexedConnection> {
+    let config = AsyncConnectionConfig::new()
+        .set_connection_timeout(Some(redis_link::CONNECT_TIMEOUT))
+        .set_response_timeout(Some(timeout))
+        .set_push_sender(move |push: PushInfo| {
+            if push.kind == PushKind::Disconnection {
+                lost.notify_one();
+            }
+            Ok::<(), ()>(())
+        });
+    redis_link::connect(client, &config).await
+}
+
+/// Answers jobs `unavailable` until `task` is done.
+async fn answer_while<T>(task: impl Future<Output = T>, jobs: &mut Jobs, broker: &Broker) -> T {
+    tokio::pin!(task);
+    loop {
+        tokio::select! {
+            biased;
+            result = &mut task => return result,
+            Some((job, _)) = jobs.recv() => answer(vec![(job.reply, Err(Refusal::unavailable()))], broker),
+        }
+    }
+}
+
+async fn publish_until_lost(
+    mut connection: MultiplexedConnection,
+    lost: &Notify,
+    jobs: &mut Jobs,
+    broker: &Broker,
+    channel_prefix: &str,
+) {
+    let mut batch = Vec::new();
+    loop {
+        tokio::select! {
+            biased;
+            () = lost.notified() => return,
+            _ = jobs.recv_many(&mut batch, PIPELINE_JOBS_MAX) => {}
+        }
+        let mut pipeline = redis::pipe();
+        pipeline.ignore_errors();
+        for (job, _) in &batch {
+            pipeline.cmd("PUBLISH").arg(format!("{channel_prefix}{}", job.channel)).arg(&*job.payload);
+        }
+        let outcome: redis::RedisResult<Vec<redis::RedisResult<i64>>> = pipeline.query_async(&mut connection).await;
+        let replies = batch.drain(..).map(|(job, _)| job.reply);
+        match outcome {
+            Ok(results) => {
+                let refusal = |error: redis::RedisError| Refusal::redis_error(&error.to_string());
+                answer(replies.zip(results).map(|(reply, r)| (reply, r.map(drop).map_err(refusal))), broker);
+            }
+            Err(error) => {
+                warn!(%error, "redis did not answer a publish");
+                answer(replies.map(|reply| (reply, Err(Refusal::outcome_unknown()))), broker);
+                return;
+            }
+        }
+    }
+}
+
+/// Sends the outcomes on, with one flush for all of them.
+fn answer(outcomes: impl IntoIterator<Item = (Reply, Result<(), Refusal>)>, broker: &Broker) {
+    let mut fanout = Fanout::default();
+    for (reply, outcome) in outcomes {
+        match reply {
+            Reply::Http(sender) => drop(sender.send(outcome)),
+            Reply::Socket(connection, id) => {
+                let frame = match (&outcome, id.as_deref()) {
+                    (Ok(()), None) => continue,
+                    (Ok(()), Some(id)) => event::published(id),
+                    (Err(refusal), id) => event::error(id, refusal, None),
+                };
+                fanout.push(&connection, &frame);
+            }
+        }
+    }
+    // Late repliers are not waited for: what they have outstanding is bounded by the queue.
+    broker.shared.lanes.submit(&mut fanout);
+    broker.shared.lanes.made_progress();
+}

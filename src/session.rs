@@ -1,0 +1,438 @@
+//! The life of one WebSocket connection, in its own task: read, carry out commands, close.
+//!
+//! The task waits with no buffer of its own; bytes are read into the worker's and carried out at
+//! once. It stops reading while publishing has to wait (a subscriber that is late, a full queue to
+//! Redis), but goes on writing its own outbox and answering a close: two clients that publish to
+//! each other cannot lock each other up.
+
+use std::cell::RefCell;
+use std::io;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::Poll;
+use std::time::Duration;
+
+use socket2::SockRef;
+use tokio::time::timeout;
+
+use crate::broker::Broker;
+use crate::channel::Fanout;
+use crate::clock;
+use crate::close::CloseReason;
+use crate::connection::{Connection, Open, Wake};
+use crate::event::{self, Welcome};
+use crate::frame::{Frame, Opcode};
+use crate::hub::Subscriptions;
+use crate::metrics::Source;
+use crate::outbox::Writer;
+use crate::protocol::{self, Command, ErrorCode, Refusal, Request, Target};
+use crate::publication::{Format, Payload};
+use crate::publisher::{Job, Reply};
+use crate::rules::ChannelRules;
+use crate::websocket::{Message, Parser};
+
+/// Bytes read at once.
+const READ_BYTES: usize = 64 << 10;
+
+/// How long the close frame may take to leave (design section 3, "Closing"). After a drain everything
+/// accepted goes first, so a reader has longer.
+const CLOSE_SEND_TIME: Duration = Duration::from_secs(1);
+const DRAIN_SEND_TIME: Duration = Duration::from_secs(5);
+
+/// How long the peer may take to end the connection after our close frame.
+const CLOSE_WAIT_TIME: Duration = Duration::from_secs(5);
+
+/// What is read and thrown away after our close frame, so that no reset overtakes it.
+const DISCARD_BYTES_MAX: usize = 1 << 20;
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
+}
+
+/// What a worker needs while it serves one connection, shared by all that it serves.
+struct Scratch {
+    read: Box<[u8]>,
+    writer: Writer,
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self { read: vec![0; READ_BYTES].into(), writer: Writer::default() }
+    }
+}
+
+/// What the sessions of a gateway share.
+#[derive(Debug)]
+pub struct SessionContext {
+    /// Where publications go.
+    pub broker: Arc<Broker>,
+    /// Who may publish where.
+    pub rules: ChannelRules,
+    /// `HUBCAST_MESSAGE_BYTES_MAX`
+    pub message_bytes_max: usize,
+    /// `HUBCAST_SUBSCRIPTIONS_MAX`
+    pub subscriptions_max: usize,
+    /// `HUBCAST_PING_INTERVAL`, for the welcome.
+    pub ping_interval: Duration,
+}
+
+/// What kind of service the client asked for in its handshake.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// `hubcast.v1`, with channels to subscribe at once.
+    Json(Vec<String>),
+    /// `hubcast.raw.v1` on one channel.
+    Raw(String),
+    /// `/echo`, for conformance tests.
+    Echo,
+}
+
+impl Mode {
+    /// The wire format of the mode.
+    pub fn format(&self) -> Format {
+        match self {
+            Self::Json(_) => Format::Json,
+            Self::Raw(_) | Self::Echo => Format::Raw,
+        }
+    }
+}
+
+/// How a session ended, for the drain's summary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Our close frame went out and the peer ended the connection.
+    Clean,
+    /// The connection was lost or cut before that.
+    CutOff,
+}
+
+/// One connection's task.
+pub struct Session {
+    connection: Open,
+    context: Arc<SessionContext>,
+    subscriptions: Subscriptions<Arc<Connection>>,
+    parser: Parser,
+    is_echo: bool,
+    /// Read but not carried out yet: publishing has to wait.
+    backlog: Vec<u8>,
+    /// Subscribers that are late; while there are any, nothing is read.
+    late: Vec<Arc<Connection>>,
+    /// Publishes that the queue to Redis had no room for.
+    unqueued: Vec<Job>,
+}
+
+impl Session {
+    /// A session on an open connection. `backlog` is what arrived right behind the upgrade request.
+    pub fn new(connection: Open, context: Arc<SessionContext>, backlog: &[u8], is_echo: bool) -> Self {
+        let hub = Arc::clone(&context.broker.hub);
+        Self {
+            subscriptions: Subscriptions::new(hub, Arc::clone(&connection)),
+            parser: Parser::new(context.message_bytes_max),
+            connection,
+            context,
+            is_echo,
+            backlog: backlog.to_vec(),
+            late: Vec::new(),
+            unqueued: Vec::new(),
+        }
+    }
+
+    /// Serves the connection until it ends.
+    pub async fn run(mut self, mode: Mode) -> End {
+        self.start(&mode);
+        drop(mode);
+        loop {
+            if self.is_stalled() {
+                Box::pin(self.wait_for_room()).await;
+            }
+            match std::future::poll_fn(|context| self.connection.poll_wake(context, true)).await {
+                Wake::Closing => break,
+                Wake::Writable => self.flush(),
+                // A full buffer: whoever this batch scheduled is flushed before the next one is read.
+                Wake::Readable if self.read() == READ_BYTES => tokio::task::yield_now().await,
+                Wake::Readable => {}
+            }
+        }
+        // From here on nothing is delivered to this connection.
+        let Self { connection, subscriptions, .. } = self;
+        drop(subscriptions);
+        Box::pin(finish(&connection)).await
+    }
+
+    fn start(&mut self, mode: &Mode) {
+        let mut fanout = Fanout::default();
+        match mode {
+            Mode::Json(channels) => {
+                let shared = self.connection.shared();
+                let welcome = event::welcome(&Welcome {
+                    connection_id: &self.connection.id(),
+                    instance_id: &shared.instance_id,
+                    ping_interval_ms: self.context.ping_interval.as_millis() as u64,
+                    message_bytes_max: self.context.message_bytes_max,
+                    publish_bytes_max: self.context.broker.publish_bytes_max,
+                    subscriptions_max: self.context.subscriptions_max,
+                });
+                self.reply(&welcome, &mut fanout);
+                let targets = channels.iter().map(|name| protocol::target(name.as_str().into())).collect();
+                let command = Ok(Command::Subscribe(targets));
+                if !channels.is_empty() {
+                    self.execute(Request { id: None, command }, &mut fanout);
+                }
+            }
+            Mode::Raw(channel) => {
+                self.subscriptions.subscribe(channel, None, &mut fanout);
+                self.note_subscriptions();
+            }
+            Mode::Echo => {}
+        }
+        let backlog = std::mem::take(&mut self.backlog);
+        self.settle(fanout, backlog);
+    }
+
+    /// Publishing waits: for subscribers that are late, or for room in the queue to Redis.
+    fn is_stalled(&self) -> bool {
+        !self.late.is_empty() || !self.unqueued.is_empty()
+    }
+
+    /// Waits until publishing can go on, writing the own outbox meanwhile, then carries out the backlog.
+    async fn wait_for_room(&mut self) {
+        let broker = Arc::clone(&self.context.broker);
+        while self.is_stalled() {
+            let late = std::mem::take(&mut self.late);
+            let unqueued = std::mem::take(&mut self.unqueued);
+            let room = async {
+                broker.shared.lanes.room(late).await;
+                if let Some(publisher) = &broker.publisher {
+                    for job in unqueued {
+                        publisher.send(job).await;
+                    }
+                }
+            };
+            let mut room = pin!(room);
+            loop {
+                let wake = std::future::poll_fn(|context| {
+                    if room.as_mut().poll(context).is_ready() {
+                        return Poll::Ready(None);
+                    }
+                    self.connection.poll_wake(context, false).map(Some)
+                });
+                match wake.await {
+                    None => break,
+                    Some(Wake::Closing) => return,
+                    Some(_) => self.flush(),
+                }
+            }
+            let backlog = std::mem::take(&mut self.backlog);
+            self.settle(Fanout::default(), backlog);
+        }
+    }
+
+    /// Writes the own outbox; the task has the write right.
+    fn flush(&self) {
+        let shared = self.connection.shared();
+        SCRATCH.with_borrow_mut(|scratch| {
+            self.connection.flush(&mut scratch.writer, clock::now_us());
+            shared.metrics.flushed(&mut scratch.writer);
+        });
+        shared.lanes.made_progress();
+    }
+
+    /// Reads what has arrived and carries it out; returns how many bytes that were.
+    fn read(&mut self) -> usize {
+        SCRATCH.with_borrow_mut(|scratch| match self.connection.socket().try_read(&mut scratch.read) {
+            Ok(len) if len > 0 => {
+                self.connection.shared().metrics.bytes_received.inc_by(len as u64);
+                let mut fanout = Fanout::default();
+                let rest = self.carry_out(&mut scratch.read[..len], &mut fanout);
+                self.backlog.extend_from_slice(rest);
+                self.submit(&mut fanout);
+                len
+            }
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => 0,
+            Ok(_) | Err(_) => {
+                self.connection.close(CloseReason::Lost);
+                0
+            }
+        })
+    }
+
+    /// Carries out a backlog, keeping what has to wait again.
+    fn settle(&mut self, mut fanout: Fanout<Arc<Connection>>, mut backlog: Vec<u8>) {
+        let rest = self.carry_out(&mut backlog, &mut fanout).len();
+        backlog.drain(..backlog.len() - rest);
+        self.backlog = backlog;
+        self.submit(&mut fanout);
+    }
+
+    fn submit(&mut self, fanout: &mut Fanout<Arc<Connection>>) {
+        let late = self.connection.shared().lanes.submit(fanout);
+        self.late.extend(late);
+    }
+
+    /// Handles complete messages until publishing has to wait; returns what is left.
+    fn carry_out<'a>(&mut self, mut input: &'a mut [u8], fanout: &mut Fanout<Arc<Connection>>) -> &'a [u8] {
+        let now_us = clock::now_us();
+        self.connection.seen(now_us);
+        while !self.is_stalled() && fanout.late.is_empty() {
+            match self.parser.next(&mut input, now_us) {
+                Ok(Some(message)) => self.handle(message, fanout),
+                Ok(None) => return &[],
+                Err(violation) => self.connection.close(violation),
+            }
+            if self.connection.close_reason().is_some() {
+                return &[];
+            }
+        }
+        input
+    }
+
+    fn handle(&mut self, message: Message<'_>, fanout: &mut Fanout<Arc<Connection>>) {
+        match message {
+            Message::Ping(payload) => self.connection.pong(&payload, fanout),
+            Message::Pong => {}
+            Message::Close(code) => self.connection.close(CloseReason::Client(code)),
+            Message::Text(text) if self.is_echo => self.reply(&Frame::text(&text), fanout),
+            Message::Binary(bytes) if self.is_echo => self.reply(&Frame::new(Opcode::Binary, &[&bytes]), fanout),
+            Message::Text(text) if self.is_json() => protocol::parse(&text, |request| self.execute(request, fanout)),
+            Message::Binary(_) if self.is_json() => {
+                self.connection.close(CloseReason::UnsupportedData("binary frames are not part of hubcast.v1"));
+            }
+            _ => self.connection.close(CloseReason::UnsupportedData("raw mode takes no data frames")),
+        }
+    }
+
+    fn is_json(&self) -> bool {
+        use crate::channel::Subscriber;
+        self.connection.format() == Format::Json
+    }
+
+    fn execute(&mut self, request: Request<'_>, fanout: &mut Fanout<Arc<Connection>>) {
+        let id = request.id;
+        match request.command {
+            Err(refusal) => self.reply(&event::error(id, &refusal, None), fanout),
+            Ok(Command::Ping) => self.reply(&event::pong(id), fanout),
+            Ok(Command::Subscribe(targets)) => {
+                self.each(id, targets, fanout, |session, channel, fanout| session.subscribe(id, channel, fanout));
+            }
+            Ok(Command::Unsubscribe(targets)) => {
+                self.each(id, targets, fanout, |session, channel, fanout| session.unsubscribe(id, channel, fanout));
+            }
+            Ok(Command::Publish { channel, data }) => {
+                if let Err(refusal) = self.publish(id, &channel, data, fanout) {
+                    self.reply(&event::error(id, &refusal, Some(&channel)), fanout);
+                }
+            }
+        }
+    }
+
+    /// Carries out one element of a batch after another; a bad one does not stop the rest.
+    fn each(
+        &mut self,
+        id: Option<&str>,
+        targets: Vec<Target<'_>>,
+        fanout: &mut Fanout<Arc<Connection>>,
+        mut carry_out: impl FnMut(&mut Self, &str, &mut Fanout<Arc<Connection>>),
+    ) {
+        for target in targets {
+            match target {
+                Ok(channel) => carry_out(self, &channel, fanout),
+                Err((given, refusal)) => self.reply(&event::error(id, &refusal, Some(&given)), fanout),
+            }
+        }
+    }
+
+    fn subscribe(&mut self, id: Option<&str>, channel: &str, fanout: &mut Fanout<Arc<Connection>>) {
+        if self.subscriptions.len() >= self.context.subscriptions_max && !self.subscriptions.contains(channel) {
+            let refusal = Refusal::new(ErrorCode::LimitExceeded, "too many subscriptions on this connection");
+            return self.reply(&event::error(id, &refusal, Some(channel)), fanout);
+        }
+        let reply = event::subscribed(id, channel);
+        if !self.subscriptions.subscribe(channel, Some(&reply), fanout) {
+            let refusal = Refusal::new(ErrorCode::LimitExceeded, "this subscription is pending already");
+            self.reply(&event::error(id, &refusal, Some(channel)), fanout);
+        }
+        self.note_subscriptions();
+    }
+
+    fn unsubscribe(&mut self, id: Option<&str>, channel: &str, fanout: &mut Fanout<Arc<Connection>>) {
+        self.subscriptions.unsubscribe(channel, &event::unsubscribed(id, channel), fanout);
+        self.note_subscriptions();
+    }
+
+    fn note_subscriptions(&self) {
+        self.connection.subscriptions.store(self.subscriptions.len(), Ordering::Relaxed);
+    }
+
+    fn publish(
+        &mut self,
+        id: Option<&str>,
+        channel: &str,
+        data: &str,
+        fanout: &mut Fanout<Arc<Connection>>,
+    ) -> Result<(), Refusal> {
+        let broker = &self.context.broker;
+        if !self.context.rules.client_publish(channel) {
+            return Err(Refusal::new(ErrorCode::Forbidden, "clients may not publish to this channel"));
+        }
+        broker.check_size(data.as_bytes())?;
+        let Some(publisher) = &broker.publisher else {
+            broker.deliver(channel, Payload::Json(data), Source::Socket, fanout);
+            if let Some(id) = id {
+                self.reply(&event::published(id), fanout);
+            }
+            return Ok(());
+        };
+        broker.shared.metrics.publication(Source::Socket);
+        let reply = Reply::Socket(Arc::clone(&self.connection), id.map(Into::into));
+        let job = Job::new(channel, data.as_bytes(), reply);
+        // Once one publish waits, the next ones wait behind it.
+        if self.unqueued.is_empty() {
+            self.unqueued.extend(publisher.try_send(job).err());
+        } else {
+            self.unqueued.push(job);
+        }
+        Ok(())
+    }
+
+    fn reply(&self, frame: &Arc<Frame>, fanout: &mut Fanout<Arc<Connection>>) {
+        fanout.push(&self.connection, frame);
+    }
+}
+
+/// Ends the connection in the order of RFC 6455 §7.1.1: our close frame, end of our side, the peer's end.
+async fn finish(connection: &Connection) -> End {
+    let reason = connection.close_reason();
+    let send_time = if reason == Some(&CloseReason::Drain) { DRAIN_SEND_TIME } else { CLOSE_SEND_TIME };
+    let mut writer = Writer::default();
+    let sent = timeout(send_time, std::future::poll_fn(|context| connection.poll_finish(context, &mut writer))).await;
+    connection.shared().metrics.flushed(&mut writer);
+    if sent.is_err() || connection.has_failed() {
+        connection.cut();
+        return End::CutOff;
+    }
+    let _ = SockRef::from(connection.socket()).shutdown(std::net::Shutdown::Write);
+    match timeout(CLOSE_WAIT_TIME, discard_input(connection)).await {
+        Ok(true) => End::Clean,
+        Ok(false) | Err(_) => End::CutOff,
+    }
+}
+
+/// Reads until the peer ends the connection (true), or has sent too much.
+async fn discard_input(connection: &Connection) -> bool {
+    let mut budget = DISCARD_BYTES_MAX;
+    loop {
+        if connection.socket().readable().await.is_err() {
+            return true;
+        }
+        let read = SCRATCH.with_borrow_mut(|scratch| connection.socket().try_read(&mut scratch.read));
+        match read {
+            Ok(0) => return true,
+            Ok(len) if len < budget => budget -= len,
+            Ok(_) => return false,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            // The close frame was sent; a peer that resets afterwards has ended the connection all the same.
+            Err(_) => return true,
+        }
+    }
+}
