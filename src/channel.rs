@@ -255,7 +255,7 @@ impl<S: Subscriber> Channel<S> {
 
     /// Redis confirmed the SUBSCRIBE: tells members of the gap they are owed, then lets those who waited in.
     /// True if there was a gap to tell.
-    pub fn confirm_subscribe(&self, fanout: &mut Fanout<S>) -> bool {
+    pub(crate) fn confirm_subscribe(&self, fanout: &mut Fanout<S>) -> bool {
         let mut state = self.state.lock();
         if !state.upstream.confirm_subscribe() {
             return false;
@@ -275,14 +275,14 @@ impl<S: Subscriber> Channel<S> {
     }
 
     /// Redis confirmed the UNSUBSCRIBE, or ended the subscription itself.
-    pub fn confirm_unsubscribe(&self) {
+    pub(crate) fn confirm_unsubscribe(&self) {
         let mut state = self.state.lock();
         let was_live = state.upstream.confirm_unsubscribe();
         state.owes_gap |= was_live && !state.members.is_empty();
     }
 
     /// The link is lost, or Redis refused the SUBSCRIBE.
-    pub fn lose_upstream(&self) {
+    pub(crate) fn lose_upstream(&self) {
         let mut state = self.state.lock();
         state.upstream.lose();
         state.owes_gap |= !state.members.is_empty();

@@ -108,6 +108,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// `HUBCAST_INTERNAL_LISTEN`
     pub internal_listen: SocketAddr,
+    /// `HUBCAST_INSECURE_INTERNAL`
+    pub insecure_internal: bool,
     /// `HUBCAST_API_KEYS`
     pub api_keys: Vec<String>,
     /// `HUBCAST_REDIS_URL`
@@ -178,6 +180,7 @@ impl Config {
                 "an address and port such as 127.0.0.1:8081",
                 address,
             )?,
+            insecure_internal: values.get("HUBCAST_INSECURE_INTERNAL", "true or false", |text| text.parse().ok())?,
             api_keys: values.get("HUBCAST_API_KEYS", "a comma list of keys", |list| Some(comma_list(list)))?,
             redis_url: values.get("HUBCAST_REDIS_URL", "redis://[user:password@]host:port[/db]", redis_url)?,
             redis_channel_prefix: values.text("HUBCAST_REDIS_CHANNEL_PREFIX"),
@@ -209,22 +212,34 @@ impl Config {
             echo: false,
             notes: values.notes.clone(),
         };
-        values.check_internal(&config)?;
+        config.check_internal()?;
         Ok(config)
     }
 
-    /// Reads the process's own variables; ones that are not UTF-8 are not ours.
+    /// Reads the process's own variables; what is not UTF-8 in them is replaced, so it does not go unnoticed.
     ///
     /// # Errors
     /// As [`Config::from_env`].
     pub fn from_process_env() -> Result<Self, ConfigError> {
         let env = std::env::vars_os();
-        Self::from_env(env.filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))))
+        let text = |part: std::ffi::OsString| part.to_string_lossy().into_owned();
+        Self::from_env(env.map(|(name, value)| (text(name), text(value))))
+    }
+
+    /// An API that anybody on the network can use must be said explicitly.
+    fn check_internal(&self) -> Result<(), ConfigError> {
+        let is_open = !self.internal_listen.ip().is_loopback() && self.api_keys.is_empty();
+        if is_open && !self.insecure_internal {
+            return Err(ConfigError(format!(
+                "HUBCAST_INTERNAL_LISTEN={}: off loopback, allowed only with HUBCAST_API_KEYS or HUBCAST_INSECURE_INTERNAL=true",
+                self.internal_listen
+            )));
+        }
+        Ok(())
     }
 
     /// The effective value of each variable, one a line, secrets masked.
     pub fn print(&self, connections_max: usize) -> String {
-        let size = |bytes: usize| ByteSize(bytes as u64).display().iec().to_string().replace(' ', "");
         let time = |duration: Duration| humantime::format_duration(duration).to_string().replace(' ', "");
         let mask = |secret: &str| if secret.is_empty() { String::new() } else { "***".to_owned() };
         let lines: Vec<String> = VARIABLES
@@ -233,6 +248,7 @@ impl Config {
                 let value = match variable.name {
                     "HUBCAST_LISTEN" => self.listen.to_string(),
                     "HUBCAST_INTERNAL_LISTEN" => self.internal_listen.to_string(),
+                    "HUBCAST_INSECURE_INTERNAL" => self.insecure_internal.to_string(),
                     "HUBCAST_API_KEYS" => self.api_keys.iter().map(|key| mask(key)).collect::<Vec<_>>().join(","),
                     "HUBCAST_REDIS_URL" => self.redis_url.as_deref().map(masked_url).unwrap_or_default(),
                     "HUBCAST_REDIS_CHANNEL_PREFIX" => self.redis_channel_prefix.clone(),
@@ -249,6 +265,7 @@ impl Config {
                     "HUBCAST_PUBLISH_BYTES_MAX" => size(self.publish_bytes_max),
                     "HUBCAST_SUBSCRIPTIONS_MAX" => self.subscriptions_max.to_string(),
                     "HUBCAST_DRAIN_TIME" => time(self.drain_time),
+                    "HUBCAST_CHANNEL_RULES" => self.channel_rules.to_string(),
                     "HUBCAST_LOG" => self.log.clone(),
                     "HUBCAST_LOG_FORMAT" => if self.log_json { "json" } else { "text" }.to_owned(),
                     _ => String::new(),
@@ -325,20 +342,6 @@ impl Values {
             ConfigError(format!("HUBCAST_CHANNEL_RULES={text}: {error}; allowed is {allowed}"))
         })
     }
-
-    /// An API that anybody on the network can use must be said explicitly.
-    fn check_internal(&self, config: &Config) -> Result<(), ConfigError> {
-        let is_insecure_allowed: bool =
-            self.get("HUBCAST_INSECURE_INTERNAL", "true or false", |text| text.parse().ok())?;
-        let is_open = !config.internal_listen.ip().is_loopback() && config.api_keys.is_empty();
-        if is_open && !is_insecure_allowed {
-            return Err(ConfigError(format!(
-                "HUBCAST_INTERNAL_LISTEN={}: off loopback, allowed only with HUBCAST_API_KEYS or HUBCAST_INSECURE_INTERNAL=true",
-                config.internal_listen
-            )));
-        }
-        Ok(())
-    }
 }
 
 /// `HUBCAST_SERVICE_*`, `HUBCAST_PORT`, `HUBCAST_PORT_*`, also with a suffix of the Service's name before them.
@@ -354,6 +357,13 @@ fn unknown(name: &str) -> ConfigError {
         .iter()
         .max_by(|a, b| strsim::jaro_winkler(name, a.name).total_cmp(&strsim::jaro_winkler(name, b.name)));
     ConfigError(format!("{name}: unknown, did you mean {}?", nearest.map_or("", |variable| variable.name)))
+}
+
+/// The size in the largest unit that gives a whole number.
+fn size(bytes: usize) -> String {
+    let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
+    let unit = units.into_iter().find(|(shift, _)| bytes > 0 && bytes.is_multiple_of(1 << shift));
+    unit.map_or_else(|| format!("{bytes}B"), |(shift, unit)| format!("{}{unit}", bytes >> shift))
 }
 
 fn address(text: &str) -> Option<SocketAddr> {

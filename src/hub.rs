@@ -117,8 +117,35 @@ impl<S: Subscriber> Hub<S> {
         });
     }
 
+    /// Redis confirmed a SUBSCRIBE. True if members were told a gap.
+    pub fn confirm_subscribe(&self, channel: &Arc<Channel<S>>, fanout: &mut Fanout<S>) -> bool {
+        let had_gap = channel.confirm_subscribe(fanout);
+        // Everybody may have left meanwhile.
+        self.list(channel);
+        had_gap
+    }
+
+    /// Redis confirmed an UNSUBSCRIBE, or ended the subscription itself.
+    pub fn confirm_unsubscribe(&self, channel: &Arc<Channel<S>>) {
+        channel.confirm_unsubscribe();
+        self.list(channel);
+    }
+
+    /// The link is lost: every channel is absent at Redis, and wanted as before.
+    pub fn lose_upstream(&self) {
+        for channel in self.channels() {
+            channel.lose_upstream();
+            self.list(&channel);
+        }
+    }
+
+    /// Redis refused the SUBSCRIBE of one channel; the caller looks at it again later.
+    pub fn refuse_upstream(&self, channel: &Channel<S>) {
+        channel.lose_upstream();
+    }
+
     /// Has the multiplexer look at a channel.
-    pub fn list(&self, channel: &Arc<Channel<S>>) {
+    fn list(&self, channel: &Arc<Channel<S>>) {
         let Some(changes) = &self.upstream else { return };
         if !channel.is_listed.swap(true, Ordering::AcqRel) {
             changes.list.lock().push(Arc::clone(channel));

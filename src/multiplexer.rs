@@ -207,15 +207,14 @@ impl<'a> Turn<'a> {
             }
             Arrival::Subscribed(name) => {
                 if let Some(channel) = self.channel(&name)
-                    && channel.confirm_subscribe(fanout)
+                    && self.broker.hub.confirm_subscribe(&channel, fanout)
                 {
                     self.broker.shared.metrics.gaps.inc();
                 }
             }
             Arrival::Unsubscribed(name) => {
                 if let Some(channel) = self.channel(&name) {
-                    channel.confirm_unsubscribe();
-                    self.broker.hub.list(&channel);
+                    self.broker.hub.confirm_unsubscribe(&channel);
                 }
             }
         }
@@ -286,7 +285,7 @@ impl<'a> Turn<'a> {
     fn refused(&mut self, channels: Vec<HubChannel>, error: &redis::RedisError) {
         if let [channel] = channels.as_slice() {
             warn!(%error, channel = channel.name(), "redis refuses the channel, its subscribers wait");
-            channel.lose_upstream();
+            self.broker.hub.refuse_upstream(channel);
             self.look_again(clock::now_us() + REFUSED_RETRY_US, Arc::clone(channel));
             return;
         }
@@ -339,9 +338,6 @@ impl<'a> Turn<'a> {
     async fn lose(&mut self) {
         self.commands.abort_all();
         self.take_arrivals().await;
-        for channel in self.broker.hub.channels() {
-            channel.lose_upstream();
-            self.broker.hub.list(&channel);
-        }
+        self.broker.hub.lose_upstream();
     }
 }

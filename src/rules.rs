@@ -4,7 +4,17 @@ use serde::Deserialize;
 
 /// The rules in order; the first match wins.
 #[derive(Clone, Debug, Default)]
-pub struct ChannelRules(Vec<ChannelRule>);
+pub struct ChannelRules {
+    rules: Vec<ChannelRule>,
+    /// As it was given.
+    json: String,
+}
+
+impl std::fmt::Display for ChannelRules {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(&self.json)
+    }
+}
 
 /// One rule.
 #[derive(Clone, Debug, Deserialize)]
@@ -42,14 +52,14 @@ impl ChannelRules {
             // The only policy so far; named so that a rule can say it.
             let SlowPolicy::Close = rule.slow;
         }
-        Ok(Self(rules))
+        Ok(Self { rules, json: json.to_owned() })
     }
 
     /// Whether clients may publish to the channel: as its rule says; without any rules, yes.
     pub fn client_publish(&self, channel: &str) -> bool {
-        match self.0.iter().find(|rule| rule.matches(channel)) {
+        match self.rules.iter().find(|rule| rule.matches(channel)) {
             Some(rule) => rule.client_publish,
-            None => self.0.is_empty(),
+            None => self.rules.is_empty(),
         }
     }
 }

@@ -1,8 +1,23 @@
 //! The one integration binary: stories over real sockets, in reading order.
 
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used, reason = "tests document themselves and may panic")]
+#![allow(
+    clippy::too_many_lines,
+    clippy::print_stdout,
+    reason = "stories and tables are read top to bottom, and may report"
+)]
 
 mod harness;
 
+mod api;
 mod broadcast;
+mod config;
+mod drain;
+mod hub_model;
+mod limits;
+mod outbox_model;
 mod protocol;
+mod redis;
+mod slow;
+mod tidy;
+mod websocket;

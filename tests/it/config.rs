@@ -1,0 +1,147 @@
+//! Configuration: what is taken, what is refused, and that the README tells all of it.
+
+use std::process::Command;
+
+use hubcast::config::{Config, VARIABLES};
+
+fn load(env: &[(&str, &str)]) -> Result<Config, String> {
+    let env = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    Config::from_env(env).map_err(|error| error.to_string())
+}
+
+#[test]
+fn bad_values_stop_the_start_with_one_line_that_says_what_is_allowed() {
+    let cases = [
+        ("HUBCAST_LISTEN", "8080", "an address and port"),
+        ("HUBCAST_PING_INTERVAL", "54", "a duration"),
+        ("HUBCAST_PING_INTERVAL", "0s", "a duration"),
+        ("HUBCAST_WRITE_TIMEOUT", "-1s", "a duration"),
+        ("HUBCAST_OUTBOX_MESSAGES", "0", "a number from 1"),
+        ("HUBCAST_OUTBOX_BYTES", "lots", "a size"),
+        ("HUBCAST_MESSAGE_BYTES_MAX", "5GiB", "a size"),
+        ("HUBCAST_CONNECTIONS_MAX", "-1", "a number from 1"),
+        ("HUBCAST_WORKER_THREADS", "0", "a number from 1 to 1024"),
+        ("HUBCAST_REDIS_URL", "localhost:6379", "redis://"),
+        ("HUBCAST_REDIS_URL", "rediss://localhost", "redis://"),
+        ("HUBCAST_LOG_FORMAT", "xml", "text or json"),
+        ("HUBCAST_LOG", "a=b=c", "a level"),
+        ("HUBCAST_INSECURE_INTERNAL", "yes", "true or false"),
+        ("HUBCAST_CHANNEL_RULES", "{}", "a list such as"),
+        ("HUBCAST_CHANNEL_RULES", r#"[{"match":"a*b"}]"#, "not at the end"),
+        ("HUBCAST_CHANNEL_RULES", r#"[{"match":"a","slow":"latest"}]"#, "unknown variant"),
+        ("HUBCAST_CHANNEL_RULES", r#"[{"match":"a","history":{}}]"#, "unknown field"),
+        ("HUBCAST_CHANNEL_RULES", r#"[{"client_publish":true}]"#, "missing field"),
+    ];
+    for (name, value, allowed) in cases {
+        let error = load(&[(name, value)]).unwrap_err();
+        assert!(error.starts_with(&format!("{name}={value}: ")), "{error}");
+        assert!(error.contains(allowed) && !error.contains('\n'), "{error}");
+    }
+}
+
+#[test]
+fn unknown_names_are_refused_with_the_nearest_known_one() {
+    for (name, nearest) in [
+        ("HUBCAST_LISTENS", "HUBCAST_LISTEN"),
+        ("HUBCAST_PING_INTERVALL", "HUBCAST_PING_INTERVAL"),
+        ("HUBCAST_REDIS_URI", "HUBCAST_REDIS_URL"),
+    ] {
+        assert_eq!(load(&[(name, "x")]).unwrap_err(), format!("{name}: unknown, did you mean {nearest}?"));
+    }
+    // What is not built yet must not be silently ignored either.
+    for name in ["HUBCAST_AUTH", "HUBCAST_JWT_SECRET", "HUBCAST_TLS_CERT", "HUBCAST_ORIGINS", "HUBCAST_REDIS_MODE"] {
+        assert!(load(&[(name, "x")]).unwrap_err().starts_with(&format!("{name}: unknown")), "{name}");
+    }
+}
+
+#[test]
+fn names_that_kubernetes_injects_are_ignored_with_one_note() {
+    let injected = [
+        ("HUBCAST_SERVICE_HOST", "10.0.0.1"),
+        ("HUBCAST_SERVICE_PORT_WS", "80"),
+        ("HUBCAST_PORT", "tcp://10.0.0.1:80"),
+        ("HUBCAST_PORT_80_TCP_ADDR", "10.0.0.1"),
+        ("HUBCAST_INTERNAL_SERVICE_HOST", "10.0.0.2"),
+        ("HUBCAST_INTERNAL_PORT", "tcp://10.0.0.2:80"),
+        ("OTHER", "x"),
+    ];
+    let config = load(&injected).unwrap();
+    assert_eq!(config.notes.len(), 1);
+    for (name, _) in &injected[..6] {
+        assert!(config.notes[0].contains(name), "{name}");
+    }
+    assert!(VARIABLES.iter().all(|variable| !variable.name.ends_with("_PORT") && !variable.name.contains("_SERVICE_")));
+}
+
+#[test]
+fn an_open_internal_listener_must_be_said_explicitly() {
+    let open = ("HUBCAST_INTERNAL_LISTEN", "0.0.0.0:8081");
+    assert!(load(&[open]).unwrap_err().contains("HUBCAST_INSECURE_INTERNAL=true"));
+    assert!(load(&[open, ("HUBCAST_API_KEYS", "secret")]).is_ok());
+    assert!(load(&[open, ("HUBCAST_INSECURE_INTERNAL", "true")]).is_ok());
+}
+
+/// What `--print-config` prints is a configuration, and secrets are not in it.
+#[test]
+fn the_printed_configuration_can_be_read_back_and_holds_no_secret() {
+    let rules = r#"[{"match":"a:*","client_publish":true}]"#;
+    let config = load(&[
+        ("HUBCAST_API_KEYS", "canary-one,canary-two"),
+        ("HUBCAST_REDIS_URL", "redis://user:canary@localhost:6379/1"),
+        ("HUBCAST_PING_INTERVAL", "1m 30s"),
+        ("HUBCAST_OUTBOX_BYTES", "3MiB"),
+        ("HUBCAST_CHANNEL_RULES", rules),
+    ]);
+    let printed = config.unwrap().print(1234);
+    assert!(!printed.contains("canary"), "{printed}");
+    let lines: Vec<_> = printed.lines().filter_map(|line| line.split_once('=')).collect();
+    let names: Vec<_> = lines.iter().map(|(name, _)| *name).collect();
+    assert_eq!(names, VARIABLES.iter().map(|variable| variable.name).collect::<Vec<_>>());
+    for line in [
+        "HUBCAST_PING_INTERVAL=1m30s",
+        "HUBCAST_OUTBOX_BYTES=3MiB",
+        "HUBCAST_CONNECTIONS_MAX=1234",
+        "HUBCAST_INSECURE_INTERNAL=false",
+    ] {
+        assert!(printed.lines().any(|printed| printed == line), "{line} in\n{printed}");
+    }
+    assert!(printed.contains(&format!("HUBCAST_CHANNEL_RULES={rules}")), "{printed}");
+    let again = load(&lines).unwrap();
+    assert_eq!(again.print(1234), printed);
+}
+
+/// The README's table is the code's: names, defaults and reasons.
+#[test]
+fn the_readme_tells_every_variable() {
+    let readme = include_str!("../../README.md");
+    for variable in VARIABLES {
+        let default = if variable.default.is_empty() { String::new() } else { format!("`{}`", variable.default) };
+        let row = format!("| `{}` | {default} | {} |", variable.name, variable.help.replace('|', "\\|"));
+        assert!(readme.contains(&row), "README.md lacks the row\n{row}");
+    }
+    let rows = readme.lines().filter(|line| line.starts_with("| `HUBCAST_")).count();
+    assert_eq!(rows, VARIABLES.len(), "README.md has rows that the code does not know");
+}
+
+#[test]
+fn the_command_line_helps_and_refuses() {
+    let run = |arguments: &[&str], env: &[(&str, &str)]| {
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_hubcast")).args(arguments).envs(env.iter().copied()).output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let (code, help, _) = run(&["--help"], &[]);
+    assert_eq!(code, Some(0));
+    assert!(VARIABLES.iter().all(|variable| help.contains(variable.name)), "{help}");
+    assert_eq!(run(&["--version"], &[]).1, format!("hubcast {}\n", env!("CARGO_PKG_VERSION")));
+    let (code, out, error) = run(&[], &[("HUBCAST_PING_INTERVAL", "soon")]);
+    assert_eq!((code, out.as_str()), (Some(1), ""));
+    assert_eq!(error.lines().count(), 1, "{error}");
+    assert!(error.contains("HUBCAST_PING_INTERVAL=soon"), "{error}");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = taken.local_addr().unwrap().to_string();
+    let (code, _, error) = run(&[], &[("HUBCAST_LISTEN", &taken), ("HUBCAST_LOG", "off")]);
+    assert_eq!(code, Some(1));
+    assert!(error.contains(&format!("HUBCAST_LISTEN={taken}: cannot listen there")), "{error}");
+}

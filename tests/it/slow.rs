@@ -1,0 +1,192 @@
+//! Slow clients hurt nobody; fast ones are never taken for slow.
+
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use serde_json::json;
+use socket2::SockRef;
+
+use crate::harness::{Client, Raw, await_metric, gateway, http, masked, metric, publish, soon};
+
+/// The whole burst is written before anybody reads its end: the server is late, the readers are not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pipelined_burst_to_good_readers_closes_nobody() {
+    const READERS: usize = 100;
+    const MESSAGES: usize = 20_000;
+    let gateway = gateway(&[]);
+    let readers = join_all((0..READERS).map(|_| Client::subscribed(&gateway, "burst"))).await;
+    let reading: Vec<_> = readers
+        .into_iter()
+        .map(|mut reader| {
+            tokio::spawn(async move {
+                for n in 0..MESSAGES {
+                    let text = reader.text().await;
+                    assert!(text.ends_with(&format!("\"data\":{n}}}")), "expected {n}, got {text}");
+                }
+            })
+        })
+        .collect();
+    let mut publisher = Client::connect(&gateway).await;
+    for n in 0..MESSAGES {
+        publisher.feed_text(&format!(r#"{{"type":"publish","channel":"burst","data":{n}}}"#)).await;
+    }
+    publisher.flush().await;
+    for reader in reading {
+        reader.await.expect("the reader got every message, in order");
+    }
+    assert_eq!(metric(&gateway, r#"hubcast_connections_closed_total{reason="slow_consumer"}"#).await, 0.0);
+    assert_eq!(metric(&gateway, r#"hubcast_dropped_total{reason="slow_consumer"}"#).await, 0.0);
+}
+
+/// Two clients that publish to each other and do not read: nobody deadlocks, and the flow goes on once they read.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_flood_each_other_do_not_lock_each_other_up() {
+    let gateway = gateway(&[("HUBCAST_OUTBOX_MESSAGES", "8")]);
+    let mut clients = [Client::subscribed(&gateway, "a").await, Client::subscribed(&gateway, "b").await];
+    for (client, other) in clients.iter_mut().zip(["b", "a"]) {
+        for n in 0..2_000 {
+            client.feed_text(&format!(r#"{{"type":"publish","channel":"{other}","data":{n}}}"#)).await;
+        }
+        client.flush().await;
+    }
+    for (mut client, own) in clients.into_iter().zip(["a", "b"]) {
+        for n in 0..2_000 {
+            client.expect(&json!({"type": "event", "channel": own, "data": n})).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stalled_reader_is_closed_and_moves_nobody_elses_latency() {
+    const READERS: usize = 500;
+    const MESSAGES: u64 = 400;
+    let gateway = gateway(&[("HUBCAST_OUTBOX_MESSAGES", "16"), ("HUBCAST_OUTBOX_BYTES", "256KiB")]);
+    let payload = format!("\"{}\"", "x".repeat(8_000));
+    let quiet = latencies(&gateway, READERS, &payload, MESSAGES).await;
+
+    let mut stalled = Raw::connect(&gateway).await;
+    SockRef::from(&stalled.socket).set_recv_buffer_size(4096).unwrap();
+    stalled.send(format!("GET /ws?channels=c HTTP/1.1\r\n{}", crate::harness::HANDSHAKE).as_bytes()).await;
+    stalled.head().await;
+    let with_stalled = latencies(&gateway, READERS, &payload, MESSAGES).await;
+
+    await_metric(&gateway, r#"hubcast_connections_closed_total{reason="slow_consumer"}"#, 1.0).await;
+    assert!(metric(&gateway, r#"hubcast_dropped_total{reason="slow_consumer"}"#).await > 0.0);
+    // What was in its socket is still there, then the close frame or, if that could not be sent, the end.
+    let mut last = None;
+    while let Some(frame) = stalled.frame().await {
+        last = Some(frame);
+    }
+    if let Some(frame) = last.filter(|frame| frame.first == 0x88) {
+        assert_eq!(frame.payload[..2], 4101_u16.to_be_bytes());
+    }
+    let limit = quiet * 3 + Duration::from_millis(50);
+    assert!(with_stalled < limit, "p99 went from {quiet:?} to {with_stalled:?}");
+}
+
+/// The 99th percentile of the time from a publish to its arrival, over all readers.
+async fn latencies(gateway: &hubcast::gateway::Gateway, readers: usize, payload: &str, messages: u64) -> Duration {
+    let readers = join_all((0..readers).map(|_| Client::subscribed(gateway, "c"))).await;
+    let started = Instant::now();
+    let reading: Vec<_> = readers
+        .into_iter()
+        .map(|mut reader| {
+            tokio::spawn(async move {
+                let mut arrivals = Vec::new();
+                for _ in 0..messages {
+                    reader.text().await;
+                    arrivals.push(started.elapsed());
+                }
+                arrivals
+            })
+        })
+        .collect();
+    let mut interval = tokio::time::interval(Duration::from_millis(10));
+    let mut published = Vec::new();
+    for _ in 0..messages {
+        interval.tick().await;
+        published.push(started.elapsed());
+        publish(gateway, "c", payload.as_bytes()).await;
+    }
+    let mut latencies = Vec::new();
+    for reader in reading {
+        let arrivals = soon("a reader", reader).await.expect("it got every message");
+        latencies.extend(arrivals.iter().zip(&published).map(|(arrived, sent)| arrived.saturating_sub(*sent)));
+    }
+    latencies.sort_unstable();
+    latencies[latencies.len() * 99 / 100]
+}
+
+/// A trickling reader never fills a bound on a quiet channel: the age of its oldest frame gives it away.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_unsent_frame_makes_a_slow_consumer() {
+    let gateway = gateway(&[("HUBCAST_WRITE_TIMEOUT", "400ms")]);
+    let mut raw = Raw::connect(&gateway).await;
+    SockRef::from(&raw.socket).set_recv_buffer_size(2048).unwrap();
+    raw.send(format!("GET /ws?channels=c HTTP/1.1\r\n{}", crate::harness::HANDSHAKE).as_bytes()).await;
+    raw.head().await;
+    let payload = format!("\"{}\"", "x".repeat(900_000));
+    for _ in 0..8 {
+        publish(&gateway, "c", payload.as_bytes()).await;
+        if metric(&gateway, "hubcast_outbox_frames").await > 0.0 {
+            break;
+        }
+    }
+    await_metric(&gateway, r#"hubcast_connections_closed_total{reason="slow_consumer"}"#, 1.0).await;
+    await_metric(&gateway, "hubcast_connections", 0.0).await;
+}
+
+/// The write deadline counts from the last refusal, not from the last message: quiet connections live.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_connection_outlives_its_write_deadline_and_many_pings() {
+    let gateway = gateway(&[
+        ("HUBCAST_WRITE_TIMEOUT", "100ms"),
+        ("HUBCAST_PING_INTERVAL", "40ms"),
+        ("HUBCAST_PONG_TIMEOUT", "2s"),
+    ]);
+    let mut raw = Raw::upgrade(&gateway, "/ws?channels=c", b"").await;
+    raw.frame().await.expect("the welcome");
+    raw.frame().await.expect("the confirmation");
+    publish(&gateway, "c", b"1").await;
+    raw.frame().await.expect("the event");
+    for _ in 0..20 {
+        assert_eq!(raw.frame().await.expect("a ping").first, 0x89);
+        raw.send(&masked(0x8A, b"")).await;
+    }
+    publish(&gateway, "c", b"2").await;
+    loop {
+        let frame = raw.frame().await.expect("the connection lives");
+        if frame.first == 0x81 {
+            assert!(frame.payload.ends_with(b"\"data\":2}"));
+            break;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn silence_after_a_ping_is_a_timeout() {
+    let gateway = gateway(&[("HUBCAST_PING_INTERVAL", "50ms"), ("HUBCAST_PONG_TIMEOUT", "100ms")]);
+    let mut mute = Raw::upgrade(&gateway, "/ws", b"").await;
+    assert_eq!(mute.close_frame().await.0, 3008);
+    await_metric(&gateway, r#"hubcast_connections_closed_total{reason="timeout"}"#, 1.0).await;
+}
+
+/// A big channel's flush takes turns with a small one's.
+#[tokio::test(flavor = "multi_thread")]
+async fn frames_of_many_channels_go_out_in_turns() {
+    let gateway = gateway(&[("HUBCAST_WORKER_THREADS", "1")]);
+    let mut big = join_all((0..1_000).map(|_| Client::subscribed(&gateway, "big"))).await;
+    let mut small = Client::subscribed(&gateway, "small").await;
+    let answer = http(
+        &gateway,
+        "POST /api/publish",
+        "",
+        json!({"messages": [{"channel": "big", "data": 1}, {"channel": "small", "data": 2}]}).to_string().as_bytes(),
+    )
+    .await;
+    assert_eq!(answer.status, 200);
+    small.expect(&json!({"type": "event", "channel": "small", "data": 2})).await;
+    for client in &mut big {
+        client.expect(&json!({"type": "event", "channel": "big", "data": 1})).await;
+    }
+}
