@@ -144,14 +144,16 @@ impl Client {
 
     /// The code and reason of the close frame, after whatever else is still on its way.
     pub async fn close_frame(&mut self) -> (u16, String) {
-        loop {
-            match soon("the close frame", self.socket.next()).await {
-                Some(Ok(Message::Close(Some(frame)))) => return (frame.code.into(), frame.reason.to_string()),
-                Some(Ok(Message::Close(None))) => return (1005, String::new()),
-                Some(Ok(_)) => {}
-                other => panic!("expected a close frame, got {other:?}"),
+        let close = async {
+            loop {
+                match self.socket.next().await {
+                    Some(Ok(Message::Close(Some(frame)))) => return (frame.code.into(), frame.reason.to_string()),
+                    Some(Ok(_)) => {}
+                    other => panic!("expected a close frame, got {other:?}"),
+                }
             }
-        }
+        };
+        soon("the close frame", close).await
     }
 
     /// Answers the close and waits for the end of the connection.
@@ -223,13 +225,17 @@ impl Raw {
 
     /// The code and reason of the next close frame, skipping data.
     pub async fn close_frame(&mut self) -> (u16, String) {
-        loop {
-            let frame = self.frame().await.expect("a close frame before the end");
-            if frame.first == 0x88 {
-                let (code, reason) = frame.payload.split_at(2);
-                return (u16::from_be_bytes([code[0], code[1]]), String::from_utf8_lossy(reason).into_owned());
+        let close = async {
+            loop {
+                let frame = self.read_frame().await.expect("a close frame before the end");
+                if frame.first == 0x88 {
+                    return frame;
+                }
             }
-        }
+        };
+        let frame = soon("the close frame", close).await;
+        let (code, reason) = frame.payload.split_at(2);
+        (u16::from_be_bytes([code[0], code[1]]), String::from_utf8_lossy(reason).into_owned())
     }
 }
 

@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 use serde_json::json;
 use socket2::SockRef;
 
-use crate::harness::{Client, Raw, await_metric, gateway, http, masked, metric, publish, soon};
+use crate::harness::{Client, HANDSHAKE, Raw, await_metric, eventually, gateway, http, masked, metric, publish, soon};
 
 /// The whole burst is written before anybody reads its end: the server is late, the readers are not.
 #[tokio::test(flavor = "multi_thread")]
@@ -21,14 +21,16 @@ async fn a_pipelined_burst_to_good_readers_closes_nobody() {
             tokio::spawn(async move {
                 for n in 0..MESSAGES {
                     let text = reader.text().await;
-                    assert!(text.ends_with(&format!("\"data\":{n}}}")), "expected {n}, got {text}");
+                    assert!(text.contains(&format!("\"data\":[{n},")), "expected {n}, got {text}");
                 }
             })
         })
         .collect();
     let mut publisher = Client::connect(&gateway).await;
+    // More than the kernel holds for a socket, so that sockets do refuse bytes on the way.
+    let filler = "x".repeat(200);
     for n in 0..MESSAGES {
-        publisher.feed_text(&format!(r#"{{"type":"publish","channel":"burst","data":{n}}}"#)).await;
+        publisher.feed_text(&format!(r#"{{"type":"publish","channel":"burst","data":[{n},"{filler}"]}}"#)).await;
     }
     publisher.flush().await;
     for reader in reading {
@@ -36,6 +38,35 @@ async fn a_pipelined_burst_to_good_readers_closes_nobody() {
     }
     assert_eq!(metric(&gateway, r#"hubcast_connections_closed_total{reason="slow_consumer"}"#).await, 0.0);
     assert_eq!(metric(&gateway, r#"hubcast_dropped_total{reason="slow_consumer"}"#).await, 0.0);
+}
+
+/// The socket refuses bytes and the outbox is full, but only for a moment: the publisher waits, nobody is closed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_pauses_for_a_moment_is_not_slow() {
+    const MESSAGES: usize = 20_000;
+    let gateway = gateway(&[]);
+    let mut reader = Raw::connect(&gateway).await;
+    reader
+        .send(format!("GET /ws?channel=c HTTP/1.1\r\nSec-WebSocket-Protocol: hubcast.raw.v1\r\n{HANDSHAKE}").as_bytes())
+        .await;
+    reader.head().await;
+    await_metric(&gateway, "hubcast_channels", 1.0).await;
+    let mut publisher = Client::connect(&gateway).await;
+    let publishing = tokio::spawn(async move {
+        let filler = "x".repeat(200);
+        for n in 0..MESSAGES {
+            publisher.feed_text(&format!(r#"{{"type":"publish","channel":"c","data":"{n:05}{filler}"}}"#)).await;
+        }
+        publisher.flush().await;
+        publisher
+    });
+    eventually("a full outbox", async || (metric(&gateway, "hubcast_outbox_frames").await >= 1024.0).then_some(()))
+        .await;
+    for n in 0..MESSAGES {
+        let frame = reader.frame().await.expect("the connection is open");
+        assert_eq!(frame.payload[1..6], *format!("{n:05}").as_bytes());
+    }
+    publishing.await.unwrap();
 }
 
 /// Two clients that publish to each other and do not read: nobody deadlocks, and the flow goes on once they read.
@@ -66,7 +97,7 @@ async fn a_stalled_reader_is_closed_and_moves_nobody_elses_latency() {
 
     let mut stalled = Raw::connect(&gateway).await;
     SockRef::from(&stalled.socket).set_recv_buffer_size(4096).unwrap();
-    stalled.send(format!("GET /ws?channels=c HTTP/1.1\r\n{}", crate::harness::HANDSHAKE).as_bytes()).await;
+    stalled.send(format!("GET /ws?channels=c HTTP/1.1\r\n{}", HANDSHAKE).as_bytes()).await;
     stalled.head().await;
     let with_stalled = latencies(&gateway, READERS, &payload, MESSAGES).await;
 
@@ -123,7 +154,7 @@ async fn an_old_unsent_frame_makes_a_slow_consumer() {
     let gateway = gateway(&[("HUBCAST_WRITE_TIMEOUT", "400ms")]);
     let mut raw = Raw::connect(&gateway).await;
     SockRef::from(&raw.socket).set_recv_buffer_size(2048).unwrap();
-    raw.send(format!("GET /ws?channels=c HTTP/1.1\r\n{}", crate::harness::HANDSHAKE).as_bytes()).await;
+    raw.send(format!("GET /ws?channels=c HTTP/1.1\r\n{}", HANDSHAKE).as_bytes()).await;
     raw.head().await;
     let payload = format!("\"{}\"", "x".repeat(900_000));
     for _ in 0..8 {
@@ -167,8 +198,13 @@ async fn an_idle_connection_outlives_its_write_deadline_and_many_pings() {
 async fn silence_after_a_ping_is_a_timeout() {
     let gateway = gateway(&[("HUBCAST_PING_INTERVAL", "50ms"), ("HUBCAST_PONG_TIMEOUT", "100ms")]);
     let mut mute = Raw::upgrade(&gateway, "/ws", b"").await;
+    let mut tired = Raw::upgrade(&gateway, "/ws", b"").await;
+    tired.frame().await.expect("the welcome");
+    assert_eq!(tired.frame().await.expect("a ping").first, 0x89);
+    tired.send(&masked(0x8A, b"")).await;
     assert_eq!(mute.close_frame().await.0, 3008);
-    await_metric(&gateway, r#"hubcast_connections_closed_total{reason="timeout"}"#, 1.0).await;
+    assert_eq!(tired.close_frame().await.0, 3008, "one pong does not last for ever");
+    await_metric(&gateway, r#"hubcast_connections_closed_total{reason="timeout"}"#, 2.0).await;
 }
 
 /// A big channel's flush takes turns with a small one's.
