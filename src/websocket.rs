@@ -108,35 +108,33 @@ impl Parser {
 
     /// The frame that is arriving and how much of its payload is here. `None`: the header needs more bytes.
     fn current_frame(&mut self, input: &mut &mut [u8]) -> Result<Option<(Header, usize)>, CloseReason> {
-        let Some(partial) = self.partial.as_mut() else {
-            return match parse_header(input)? {
+        let header = match self.partial.as_mut() {
+            Some(partial) if partial.frame.is_some() => return Ok(partial.frame),
+            // A header in pieces is completed byte by byte: it is at most 14 long.
+            Some(partial) => {
+                partial.header.push(take_front(input, 1)[0]);
+                let Some((header, _)) = parse_header(&partial.header)? else { return Ok(None) };
+                partial.header.clear();
+                header
+            }
+            None => match parse_header(input)? {
                 Some((header, used)) => {
                     take_front(input, used);
-                    self.admit(header)?;
-                    Ok(Some((header, 0)))
+                    header
                 }
                 None => {
                     let rest = take_front(input, input.len());
                     self.partial().header.extend_from_slice(rest);
-                    Ok(None)
+                    return Ok(None);
                 }
-            };
+            },
         };
-        if let Some(frame) = partial.frame {
-            return Ok(Some(frame));
-        }
-        // A header in pieces is completed byte by byte: it is at most 14 long.
-        partial.header.push(take_front(input, 1)[0]);
-        let Some((header, _)) = parse_header(&partial.header)? else {
-            return Ok(None);
-        };
-        partial.header.clear();
         self.admit(header)?;
-        if header.len == 0 || !input.is_empty() {
-            return Ok(Some((header, 0)));
+        if header.len > 0 && input.is_empty() {
+            self.partial().frame = Some((header, 0));
+            return Ok(None);
         }
-        self.partial().frame = Some((header, 0));
-        Ok(None)
+        Ok(Some((header, 0)))
     }
 
     /// Checks a header against the message it belongs to, before any of its payload is looked at.
