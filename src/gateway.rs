@@ -54,7 +54,7 @@ pub struct Gateway {
 #[derive(Debug, Default)]
 pub struct Ended {
     open: AtomicUsize,
-    clean: AtomicUsize,
+    flushed: AtomicUsize,
     cut_off: AtomicUsize,
     changed: Notify,
 }
@@ -62,7 +62,7 @@ pub struct Ended {
 /// What a drain did, for its summary line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drained {
-    /// Connections that were open when it began, or opened until it refused them.
+    /// Connections that the drain closed.
     pub closed: usize,
     /// Those that got everything accepted, our close frame, and ended the connection.
     pub flushed: usize,
@@ -148,14 +148,13 @@ impl Gateway {
 
     /// Ends the gateway: every client that reads gets each publication accepted before its close, then 1012.
     pub async fn drain(self) -> Drained {
-        let before = self.ended.counts();
         self.broker.health.start_draining();
         self.tell_draining().await;
         self.close_spread().await;
         let _ = tokio::time::timeout(DRAIN_GRACE, self.ended.all()).await;
         let left = self.ended.open.load(Ordering::Acquire);
-        let after = self.ended.counts();
-        let (flushed, cut_off) = (after.0 - before.0, after.1 - before.1 + left);
+        let flushed = self.ended.flushed.load(Ordering::Acquire);
+        let cut_off = self.ended.cut_off.load(Ordering::Acquire) + left;
         for task in &self.tasks {
             task.abort();
         }
@@ -214,10 +213,6 @@ impl Ended {
         EndedGuard { ended: Arc::clone(self), end: End::CutOff }
     }
 
-    fn counts(&self) -> (usize, usize) {
-        (self.clean.load(Ordering::Acquire), self.cut_off.load(Ordering::Acquire))
-    }
-
     /// Waits until no session is open.
     async fn all(&self) {
         loop {
@@ -240,8 +235,11 @@ pub struct EndedGuard {
 
 impl Drop for EndedGuard {
     fn drop(&mut self) {
-        let count = if self.end == End::Clean { &self.ended.clean } else { &self.ended.cut_off };
-        count.fetch_add(1, Ordering::AcqRel);
+        match self.end {
+            End::Flushed => drop(self.ended.flushed.fetch_add(1, Ordering::AcqRel)),
+            End::CutOff => drop(self.ended.cut_off.fetch_add(1, Ordering::AcqRel)),
+            End::Other => {}
+        }
         self.ended.open.fetch_sub(1, Ordering::AcqRel);
         self.ended.changed.notify_waiters();
     }

@@ -21,6 +21,7 @@ use tracing::{debug, warn};
 
 use crate::api::{Api, ApiError, error_response};
 use crate::clock::{self, micros};
+use crate::close::CloseReason;
 use crate::connection::Connection;
 use crate::gateway::Ended;
 use crate::handshake::{self, Handshake};
@@ -148,6 +149,10 @@ impl Public {
         let shared = Arc::clone(&self.sessions.broker.shared);
         let first_ping_us = clock::now_us() + first_ping(self.sessions.ping_interval);
         let connection = Connection::open(shared, socket, remote, mode.format(), first_ping_us);
+        if self.sessions.broker.health.is_draining() {
+            // The drain began during the handshake, and may have closed everybody it knew of.
+            connection.close(CloseReason::Drain);
+        }
         let session = Session::new(connection, Arc::clone(&self.sessions), &behind, mode == Mode::Echo);
         drop(behind);
         guard.end = session.run(mode).await;

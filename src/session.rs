@@ -101,10 +101,12 @@ impl Mode {
 /// How a session ended, for the drain's summary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// Our close frame went out and the peer ended the connection.
-    Clean,
-    /// The connection was lost or cut before that.
+    /// Drained: everything accepted and our close frame went out, and the peer ended the connection.
+    Flushed,
+    /// Drained, but lost or cut before that.
     CutOff,
+    /// It ended for another reason than a drain.
+    Other,
 }
 
 /// One connection's task.
@@ -157,7 +159,12 @@ impl Session {
         // From here on nothing is delivered to this connection.
         let Self { connection, subscriptions, .. } = self;
         drop(subscriptions);
-        Box::pin(finish(&connection)).await
+        let is_clean = Box::pin(finish(&connection)).await;
+        match connection.close_reason() {
+            Some(CloseReason::Drain) if is_clean => End::Flushed,
+            Some(CloseReason::Drain) => End::CutOff,
+            _ => End::Other,
+        }
     }
 
     fn start(&mut self, mode: &Mode) {
@@ -401,7 +408,8 @@ impl Session {
 }
 
 /// Ends the connection in the order of RFC 6455 §7.1.1: our close frame, end of our side, the peer's end.
-async fn finish(connection: &Connection) -> End {
+/// True if it came to that.
+async fn finish(connection: &Connection) -> bool {
     let reason = connection.close_reason();
     let send_time = if reason == Some(&CloseReason::Drain) { DRAIN_SEND_TIME } else { CLOSE_SEND_TIME };
     let mut writer = Writer::default();
@@ -409,13 +417,10 @@ async fn finish(connection: &Connection) -> End {
     connection.shared().metrics.flushed(&mut writer);
     if sent.is_err() || connection.has_failed() {
         connection.cut();
-        return End::CutOff;
+        return false;
     }
     let _ = SockRef::from(connection.socket()).shutdown(std::net::Shutdown::Write);
-    match timeout(CLOSE_WAIT_TIME, discard_input(connection)).await {
-        Ok(true) => End::Clean,
-        Ok(false) | Err(_) => End::CutOff,
-    }
+    timeout(CLOSE_WAIT_TIME, discard_input(connection)).await.unwrap_or(false)
 }
 
 /// Reads until the peer ends the connection (true), or has sent too much.

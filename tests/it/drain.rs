@@ -142,8 +142,7 @@ async fn sigterm_under_load_gives_each_reader_everything_accepted_and_1012() {
     let started = std::time::Instant::now();
     let accepted_before = accepted.load(Ordering::Acquire);
     binary.process.signal(Signal::TERM);
-    // New connections are refused from now on, and told when to come back.
-    let refused = eventually_refused(binary.public).await;
+    let refused = refusal(&binary).await;
     assert!(refused.to_lowercase().contains("retry-after"), "{refused}");
     let results = join_all(reading).await;
     for result in results {
@@ -157,17 +156,23 @@ async fn sigterm_under_load_gives_each_reader_everything_accepted_and_1012() {
     publishing.await.unwrap();
 }
 
-async fn eventually_refused(public: SocketAddr) -> String {
-    crate::harness::eventually("a refusal", async || {
-        let mut socket = TcpStream::connect(public).await.ok()?;
-        let request = format!("GET /ws HTTP/1.1\r\n{}", crate::harness::HANDSHAKE);
-        socket.write_all(request.as_bytes()).await.ok()?;
-        let mut head = [0; 512];
-        let len = socket.read(&mut head).await.ok()?;
-        let head = String::from_utf8_lossy(&head[..len]).into_owned();
-        head.starts_with("HTTP/1.1 503").then_some(head)
+/// Waits until the gateway is not ready any more; from then on a new connection is refused at once.
+async fn refusal(binary: &Binary) -> String {
+    crate::harness::eventually("readyz to turn", async || {
+        let ready = exchange(binary.internal, "GET /readyz HTTP/1.1\r\nHost: t\r\nConnection: close\r\n\r\n").await?;
+        ready.starts_with("HTTP/1.1 503").then_some(())
     })
-    .await
+    .await;
+    let answer = exchange(binary.public, &format!("GET /ws HTTP/1.1\r\n{}", crate::harness::HANDSHAKE)).await;
+    answer.filter(|answer| answer.starts_with("HTTP/1.1 503")).expect("the public listener refuses")
+}
+
+async fn exchange(addr: SocketAddr, request: &str) -> Option<String> {
+    let mut socket = TcpStream::connect(addr).await.ok()?;
+    socket.write_all(request.as_bytes()).await.ok()?;
+    let mut answer = [0; 512];
+    let len = socket.read(&mut answer).await.ok()?;
+    Some(String::from_utf8_lossy(&answer[..len]).into_owned())
 }
 
 /// Accepted before its close frame means: delivered. Nobody is closed with less.
@@ -228,7 +233,7 @@ async fn a_second_signal_ends_at_once() {
     let (_clients, _) = tokio_tungstenite::connect_async(&url).await.expect("connected");
     let (_clients2, _) = tokio_tungstenite::connect_async(&url).await.expect("connected");
     binary.process.signal(Signal::TERM);
-    eventually_refused(binary.public).await;
+    refusal(&binary).await;
     binary.process.signal(Signal::INT);
     let (status, _) = binary.end().await;
     assert_eq!(status.code(), Some(1));
