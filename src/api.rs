@@ -332,8 +332,9 @@ impl Query {
         Self(form_urlencoded::parse(request.uri().query().unwrap_or_default().as_bytes()).into_owned().collect())
     }
 
+    /// The value of a parameter; an empty one is as good as none.
     fn get(&self, name: &str) -> Option<&str> {
-        self.0.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+        self.0.iter().find(|(key, value)| key == name && !value.is_empty()).map(|(_, value)| value.as_str())
     }
 
     fn limit(&self) -> Result<usize, ApiError> {
@@ -380,6 +381,13 @@ impl ApiError {
         let code =
             if status == StatusCode::SERVICE_UNAVAILABLE { ErrorCode::Unavailable } else { ErrorCode::BadRequest };
         Self { status, refusal: Refusal::new(code, message.to_owned()) }
+    }
+
+    /// The response, after which the connection ends: whoever is refused holds nothing.
+    pub fn last_response(&self) -> Response<Full<Bytes>> {
+        let mut response = error_response(self);
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        response
     }
 
     fn method_not_allowed() -> Self {

@@ -7,6 +7,7 @@ use tokio::sync::oneshot;
 use crate::channel::Fanout;
 use crate::clock;
 use crate::connection::{Connection, Shared};
+use crate::fence::Fence;
 use crate::health::Health;
 use crate::hub::Hub;
 use crate::metrics::{Link, Source};
@@ -23,6 +24,8 @@ pub struct Broker {
     pub shared: Arc<Shared>,
     /// Whether the gateway is ready.
     pub health: Arc<Health>,
+    /// Fences through Redis, for the drain.
+    pub fence: Fence,
     /// The way to Redis, where there is one.
     pub publisher: Option<Publisher>,
     /// `HUBCAST_PUBLISH_BYTES_MAX`
@@ -82,6 +85,15 @@ impl Broker {
         let late = self.shared.lanes.submit(fanout);
         if !late.is_empty() {
             self.shared.lanes.room(late).await;
+        }
+        // A long batch gives others their turn.
+        tokio::task::consume_budget().await;
+    }
+
+    /// Waits until everything that was answered as published is in the outboxes of this instance.
+    pub async fn flush_upstream(&self) {
+        if self.publisher.is_some() && self.health.is_redis_up() {
+            self.fence.pass().await;
         }
     }
 

@@ -39,11 +39,16 @@ pub struct Fanout<S> {
     pub late: Vec<S>,
     /// Slow consumers to be closed.
     pub slow: Vec<S>,
+    /// Frames pushed since the last pause.
+    pushed: usize,
 }
+
+/// Frames that a task pushes before others have their turn: some 3 ms.
+const PUSHES_MAX: usize = 32_768;
 
 impl<S> Default for Fanout<S> {
     fn default() -> Self {
-        Self { jobs: Vec::new(), late: Vec::new(), slow: Vec::new() }
+        Self { jobs: Vec::new(), late: Vec::new(), slow: Vec::new(), pushed: 0 }
     }
 }
 
@@ -51,8 +56,19 @@ impl<S: Subscriber> Fanout<S> {
     /// Up to this size, jobs of several channels are put together.
     const SMALL_JOB: usize = 64;
 
+    /// Whether whoever pushes has to submit and pause: somebody is late, or it was much at once.
+    pub fn needs_pause(&self) -> bool {
+        !self.late.is_empty() || self.pushed >= PUSHES_MAX
+    }
+
+    /// Starts the count of [`Fanout::needs_pause`] anew.
+    pub fn paused(&mut self) {
+        self.pushed = 0;
+    }
+
     /// Pushes a frame and keeps account of the consequences. True if it was queued.
     pub fn push(&mut self, subscriber: &S, frame: &Arc<Frame>) -> bool {
+        self.pushed += 1;
         match subscriber.push(frame) {
             Push::Queued => true,
             Push::Schedule => {
@@ -100,7 +116,7 @@ pub struct Channel<S> {
 struct State<S> {
     members: Members<S>,
     /// Subscriptions that are confirmed to the client once the channel is live.
-    pending: Vec<Pending<S>>,
+    pending: Members<Pending<S>>,
     upstream: Upstream,
     /// When the last subscriber left (µs); `None` while there is one.
     idle_since_us: Option<u64>,
@@ -122,12 +138,13 @@ struct Pending<S> {
 pub enum Ticket {
     /// Joined at once.
     Joined(Position),
-    /// Waited for the channel to become live; the seat holds [`NO_SEAT`] or the position.
+    /// Waited for the channel to become live; the seat holds the position, among those who wait
+    /// ([`WAITING`] is set) or among the members.
     Pending(Arc<AtomicU64>),
 }
 
-/// The value of a seat that is still waited for.
-const NO_SEAT: u64 = u64::MAX;
+/// Marks a seat whose position is among those who wait.
+const WAITING: u64 = 1 << 63;
 
 /// What joining came to.
 pub(crate) enum Join {
@@ -141,7 +158,7 @@ impl<S: Subscriber> Channel<S> {
     pub(crate) fn new(name: &str, upstream: Upstream) -> Self {
         let state = State {
             members: Members::default(),
-            pending: Vec::new(),
+            pending: Members::default(),
             upstream,
             idle_since_us: Some(clock::now_us()),
             owes_gap: false,
@@ -192,16 +209,22 @@ impl<S: Subscriber> Channel<S> {
             });
             return Join::Done(Ticket::Joined(state.members.insert(subscriber.clone())), false);
         }
-        let seat = Arc::new(AtomicU64::new(NO_SEAT));
+        let seat = Arc::new(AtomicU64::new(WAITING));
         let replies = reply.cloned().into_iter().collect();
-        state.pending.push(Pending { subscriber: subscriber.clone(), replies, seat: Arc::clone(&seat) });
+        let pending = Pending { subscriber: subscriber.clone(), replies, seat: Arc::clone(&seat) };
+        let position = state.pending.insert(pending);
+        seat.store(WAITING | position.to_u64(), Ordering::Relaxed);
         Join::Done(Ticket::Pending(seat), state.upstream == Upstream::Absent)
     }
 
     /// Answers a repeated subscribe: at once if joined, else together with the first. False: too many wait already.
     pub(crate) fn repeat(&self, ticket: &Ticket, subscriber: &S, reply: &Arc<Frame>, fanout: &mut Fanout<S>) -> bool {
         let mut state = self.state.lock();
-        let Some(pending) = ticket.seat().and_then(|seat| state.pending_of(seat)) else {
+        let pending = match ticket.place() {
+            Place::Waiting(position) => state.pending.get_mut(position),
+            Place::Joined(_) => None,
+        };
+        let Some(pending) = pending else {
             fanout.push(subscriber, reply);
             return true;
         };
@@ -215,17 +238,9 @@ impl<S: Subscriber> Channel<S> {
     /// Removes a subscriber, then pushes `reply` to it. Returns true when nobody is left.
     pub(crate) fn leave(&self, ticket: &Ticket, reply: Option<(&S, &Arc<Frame>)>, fanout: &mut Fanout<S>) -> bool {
         let mut state = self.state.lock();
-        let position = match ticket {
-            Ticket::Joined(position) => Some(*position),
-            Ticket::Pending(seat) => match seat.load(Ordering::Relaxed) {
-                NO_SEAT => None,
-                number => Some(Position::from_u64(number)),
-            },
-        };
-        match (position, ticket.seat()) {
-            (Some(position), _) => drop(state.members.remove(position)),
-            (None, Some(seat)) => state.pending.retain(|pending| !Arc::ptr_eq(&pending.seat, seat)),
-            (None, None) => {}
+        match ticket.place() {
+            Place::Joined(position) => drop(state.members.remove(position)),
+            Place::Waiting(position) => drop(state.pending.remove(position)),
         }
         if let Some((subscriber, reply)) = reply {
             fanout.push(subscriber, reply);
@@ -264,7 +279,7 @@ impl<S: Subscriber> Channel<S> {
         if had_gap {
             state.tell_gap(&self.name, fanout);
         }
-        for pending in std::mem::take(&mut state.pending) {
+        for pending in state.pending.take_all() {
             for reply in &pending.replies {
                 fanout.push(&pending.subscriber, reply);
             }
@@ -295,10 +310,6 @@ impl<S: Subscriber> Channel<S> {
 }
 
 impl<S: Subscriber> State<S> {
-    fn pending_of(&mut self, seat: &Arc<AtomicU64>) -> Option<&mut Pending<S>> {
-        self.pending.iter_mut().find(|pending| Arc::ptr_eq(&pending.seat, seat))
-    }
-
     /// Raw subscribers get payloads and nothing else: for them a gap is only counted.
     fn tell_gap(&self, name: &str, fanout: &mut Fanout<S>) {
         let frame = event::upstream_gap(name);
@@ -308,11 +319,20 @@ impl<S: Subscriber> State<S> {
     }
 }
 
+enum Place {
+    Joined(Position),
+    Waiting(Position),
+}
+
 impl Ticket {
-    fn seat(&self) -> Option<&Arc<AtomicU64>> {
+    /// Where the subscriber is now; to be asked under the channel's lock.
+    fn place(&self) -> Place {
         match self {
-            Self::Joined(_) => None,
-            Self::Pending(seat) => Some(seat),
+            Self::Joined(position) => Place::Joined(*position),
+            Self::Pending(seat) => match seat.load(Ordering::Relaxed) {
+                seat if seat & WAITING == 0 => Place::Joined(Position::from_u64(seat)),
+                seat => Place::Waiting(Position::from_u64(seat & !WAITING)),
+            },
         }
     }
 }

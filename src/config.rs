@@ -56,7 +56,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "HUBCAST_CONNECTIONS_MAX",
         "",
-        "Most WebSocket connections. Default: the file limit less 200 for everything else.",
+        "Most WebSocket connections. Default, and the most possible: the file limit less 200 for everything else.",
     ),
     variable(
         "HUBCAST_PING_INTERVAL",

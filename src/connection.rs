@@ -17,8 +17,9 @@ use crate::close::CloseReason;
 use crate::frame::{Frame, Opcode};
 use crate::lanes::Lanes;
 use crate::metrics::{Drop as DropReason, Metrics};
-use crate::outbox::{self, Flushed, Outbox, Phase, Push, Transport, Writer};
+use crate::outbox::{self, Flushed, Outbox, Phase, Push};
 use crate::publication::Format;
+use crate::writer::{Transport, Writer};
 
 /// What all connections share.
 #[derive(Debug)]
@@ -174,7 +175,11 @@ impl Connection {
         match self.outbox.flush(self, writer, &self.shared.outbox, now_us) {
             Flushed::Idle => {}
             Flushed::Blocked | Flushed::Finished => self.waker.wake(),
-            Flushed::Failed => self.close(CloseReason::Lost),
+            Flushed::Failed => {
+                self.close(CloseReason::Lost);
+                // It may have been closing already, and waits for its last bytes.
+                self.waker.wake();
+            }
         }
     }
 
@@ -235,11 +240,17 @@ impl Connection {
     }
 
     /// One look of the sweep: closes the connection if it was silent or slow for too long, and pings it when due.
-    pub fn sweep(self: &Arc<Self>, now_us: u64, liveness: &Liveness, fanout: &mut Fanout<Arc<Self>>) {
+    pub fn sweep(
+        self: &Arc<Self>,
+        now_us: u64,
+        ping: &Arc<Frame>,
+        liveness: &Liveness,
+        fanout: &mut Fanout<Arc<Self>>,
+    ) {
         if self.reason.get().is_some() {
             return;
         }
-        if self.outbox.is_overdue(now_us, liveness.write_timeout_us, &self.shared.outbox) {
+        if self.outbox.is_overdue(now_us, liveness.write_timeout_us) {
             return self.close(CloseReason::SlowConsumer);
         }
         let ping_sent_us = self.ping_sent_us.load(Ordering::Relaxed);
@@ -252,7 +263,7 @@ impl Connection {
             self.ping_due_us.store(now_us + liveness.ping_interval_us, Ordering::Relaxed);
             // A ping that is still unanswered keeps its own deadline.
             let _ = self.ping_sent_us.compare_exchange(0, now_us, Ordering::Relaxed, Ordering::Relaxed);
-            if self.outbox.ping(Arc::clone(&liveness.ping)) {
+            if self.outbox.ping(Arc::clone(ping)) {
                 fanout.schedule(Arc::clone(self));
             }
         }
@@ -268,8 +279,6 @@ pub struct Liveness {
     pub pong_timeout_us: u64,
     /// `HUBCAST_WRITE_TIMEOUT`
     pub write_timeout_us: u64,
-    /// The ping frame, the same for all.
-    pub ping: Arc<Frame>,
 }
 
 impl Subscriber for Arc<Connection> {
@@ -278,7 +287,11 @@ impl Subscriber for Arc<Connection> {
     }
 
     fn push(&self, frame: &Arc<Frame>) -> Push {
-        self.outbox.push(frame, &self.shared.outbox)
+        let push = self.outbox.push(frame, &self.shared.outbox);
+        if push == Push::Slow {
+            self.shared.metrics.dropped(DropReason::SlowConsumer, 1);
+        }
+        push
     }
 }
 

@@ -12,7 +12,8 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinHandle;
-use tracing::info;
+use tokio::time::Instant;
+use tracing::warn;
 
 use crate::api::Api;
 use crate::broker::Broker;
@@ -22,6 +23,7 @@ use crate::close::CloseReason;
 use crate::config::{Config, RESERVED_FILES};
 use crate::connection::{Connection, Liveness, Shared};
 use crate::event;
+use crate::fence::Fence;
 use crate::frame::{Frame, Opcode};
 use crate::health::Health;
 use crate::hub::Hub;
@@ -36,8 +38,8 @@ use crate::session::{End, SessionContext};
 /// Connections that the kernel keeps for us while we are busy.
 const BACKLOG: u32 = 4096;
 
-/// How long peers may take to answer the last closes of a drain.
-const DRAIN_GRACE: Duration = Duration::from_secs(6);
+/// How long peers may take to read what they have and to answer the last closes of a drain.
+const DRAIN_GRACE: Duration = Duration::from_secs(16);
 
 /// A running gateway.
 #[derive(Debug)]
@@ -91,6 +93,7 @@ impl Gateway {
                 instance_id: format!("{:016x}", rand::random::<u64>()).into(),
             }),
             health: Arc::new(Health::new(redis.is_some())),
+            fence: Fence::default(),
             publisher: redis.is_some().then_some(publisher),
             publish_bytes_max: config.publish_bytes_max,
         });
@@ -119,7 +122,7 @@ impl Gateway {
                 subscriptions_max: config.subscriptions_max,
                 ping_interval: config.ping_interval,
             }),
-            places: Arc::new(Semaphore::new(config.connections_max.unwrap_or_else(connections_max))),
+            places: Arc::new(Semaphore::new(connections_max(config.connections_max))),
             refusals: Arc::new(Semaphore::new(RESERVED_FILES / 4)),
             handshake_timeout: config.handshake_timeout,
             write_timeout: config.write_timeout,
@@ -177,17 +180,21 @@ impl Gateway {
     /// Closes all connections, evenly over the drain window.
     async fn close_spread(&self) {
         let connections = self.connections();
-        let started = tokio::time::Instant::now();
-        let window = self.drain_time;
-        let number = connections.len().max(1) as u32;
-        for (index, connection) in (0..).zip(&connections) {
-            let due = started + window * index / number;
-            if due > tokio::time::Instant::now() {
-                tokio::time::sleep_until(due).await;
+        let started = Instant::now();
+        let due = |index: usize| started + self.drain_time.mul_f64(index as f64 / connections.len() as f64);
+        let mut closed = 0;
+        while closed < connections.len() {
+            tokio::time::sleep_until(due(closed)).await;
+            // What was accepted before a close is in the outbox before its close frame.
+            self.broker.flush_upstream().await;
+            let now = Instant::now();
+            while closed < connections.len() && due(closed) <= now {
+                connections[closed].close(CloseReason::Drain);
+                closed += 1;
             }
-            connection.close(CloseReason::Drain);
         }
         // Those that were still in their handshake when the list was made.
+        self.broker.flush_upstream().await;
         for connection in self.connections() {
             connection.close(CloseReason::Drain);
         }
@@ -258,7 +265,6 @@ fn background(config: &Config, broker: &Arc<Broker>) -> Vec<JoinHandle<()>> {
         ping_interval_us: micros(config.ping_interval),
         pong_timeout_us: micros(config.pong_timeout),
         write_timeout_us: micros(config.write_timeout),
-        ping: Frame::new(Opcode::Ping, &[]),
     };
     tasks.push(tokio::spawn(sweep(Arc::clone(shared), liveness)));
     tasks
@@ -267,13 +273,15 @@ fn background(config: &Config, broker: &Arc<Broker>) -> Vec<JoinHandle<()>> {
 /// Looks at every connection a few times within the shortest interval: no timer per connection.
 async fn sweep(shared: Arc<Shared>, liveness: Liveness) {
     let shortest = liveness.ping_interval_us.min(liveness.pong_timeout_us).min(liveness.write_timeout_us);
-    let period = Duration::from_micros((shortest / 8).clamp(10_000, 250_000));
+    let period = Duration::from_micros((shortest / 8).clamp(10_000, 100_000));
     loop {
         tokio::time::sleep(period).await;
         let now_us = clock::now_us();
+        // One frame for all, made now: its age is that of the pings.
+        let ping = Frame::new(Opcode::Ping, &[]);
         let mut fanout = Fanout::default();
         for connection in &shared.connections {
-            connection.sweep(now_us, &liveness, &mut fanout);
+            connection.sweep(now_us, &ping, &liveness, &mut fanout);
         }
         shared.lanes.submit(&mut fanout);
     }
@@ -289,14 +297,17 @@ fn bind(name: &str, addr: SocketAddr) -> anyhow::Result<TcpListener> {
     listen().map_err(|error| anyhow::anyhow!("{name}={addr}: cannot listen there: {error}"))
 }
 
-/// What the file limit, raised as far as allowed, leaves for WebSocket connections.
-pub fn connections_max() -> usize {
+/// How many WebSocket connections there may be: what is wanted, within what the file limit, raised as
+/// far as allowed, leaves for them.
+pub fn connections_max(wanted: Option<usize>) -> usize {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
     let files = if raised.is_ok() { limit.maximum } else { limit.current };
-    let files = files.map_or(1 << 20, |files| files as usize);
+    let files = files.map_or(Semaphore::MAX_PERMITS, |files| files as usize);
     let places = files.saturating_sub(RESERVED_FILES).clamp(1, Semaphore::MAX_PERMITS);
-    info!(files, places, "file limit");
-    places
+    if let Some(wanted) = wanted.filter(|wanted| *wanted > places) {
+        warn!(wanted, places, "the file limit allows fewer connections than HUBCAST_CONNECTIONS_MAX");
+    }
+    wanted.map_or(places, |wanted| wanted.min(places))
 }

@@ -12,7 +12,7 @@ use hyper::body::Incoming;
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode, Version};
 
-use crate::api::{ApiError, error_response};
+use crate::api::ApiError;
 use crate::protocol::{self, SUBPROTOCOL, SUBPROTOCOL_RAW};
 use crate::session::Mode;
 
@@ -35,7 +35,7 @@ pub fn check(request: &mut Request<Incoming>, is_echo_on: bool) -> Result<Handsh
     let path = request.uri().path();
     let is_echo = is_echo_on && path == "/echo";
     if path != "/ws" && !is_echo {
-        return Err(Box::new(error_response(&ApiError::not_found())));
+        return Err(Box::new(ApiError::not_found().last_response()));
     }
     check_request(request)?;
     let subprotocol = subprotocol(request.headers());
@@ -69,7 +69,7 @@ fn check_request(request: &Request<Incoming>) -> Result<(), Refusal> {
     if !fastwebsockets::upgrade::is_upgrade_request(request) {
         let mut response = bad_handshake(StatusCode::UPGRADE_REQUIRED, "connect here with a WebSocket client");
         response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("websocket"));
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("Upgrade, close"));
         return Err(response);
     }
     if headers.get(header::SEC_WEBSOCKET_VERSION).is_none_or(|version| version != "13") {
@@ -120,5 +120,5 @@ fn parameters(query: Option<&str>, name: &str) -> Vec<String> {
 }
 
 fn bad_handshake(status: StatusCode, message: &str) -> Refusal {
-    Box::new(error_response(&ApiError::handshake(status, message)))
+    Box::new(ApiError::handshake(status, message).last_response())
 }

@@ -22,6 +22,11 @@ impl Health {
         self.redis_up[link as usize].store(is_up, Ordering::Relaxed);
     }
 
+    /// Whether both Redis links are up; true without Redis.
+    pub fn is_redis_up(&self) -> bool {
+        self.redis_up.iter().all(|link| link.load(Ordering::Relaxed))
+    }
+
     /// From now on the gateway drains.
     pub fn start_draining(&self) {
         self.draining.store(true, Ordering::Relaxed);
@@ -34,8 +39,7 @@ impl Health {
 
     /// What is not ready, by name.
     pub fn not_ready(&self) -> Vec<&'static str> {
-        let redis_up = self.redis_up.iter().all(|link| link.load(Ordering::Relaxed));
-        let conditions = [(!redis_up, "redis"), (self.is_draining(), "draining")];
+        let conditions = [(!self.is_redis_up(), "redis"), (self.is_draining(), "draining")];
         conditions.into_iter().filter_map(|(is_missing, name)| is_missing.then_some(name)).collect()
     }
 }

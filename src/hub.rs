@@ -139,6 +139,13 @@ impl<S: Subscriber> Hub<S> {
         }
     }
 
+    /// Has the multiplexer look at every channel.
+    pub fn list_all(&self) {
+        for channel in self.channels() {
+            self.list(&channel);
+        }
+    }
+
     /// Redis refused the SUBSCRIBE of one channel; the caller looks at it again later.
     pub fn refuse_upstream(&self, channel: &Channel<S>) {
         channel.lose_upstream();

@@ -22,7 +22,7 @@ use crate::clock;
 use crate::close::CloseReason;
 use crate::connection::Connection;
 use crate::metrics::Metrics;
-use crate::outbox::Writer;
+use crate::writer::Writer;
 
 /// Connections flushed before the next job has its turn: some 300 µs of writes.
 const SLICE: usize = 64;
@@ -67,6 +67,7 @@ impl Lanes {
         for job in fanout.jobs.drain(..) {
             self.submit_job(job);
         }
+        fanout.paused();
         std::mem::take(&mut fanout.late)
     }
 

@@ -5,7 +5,7 @@
 //! 2. `broker` makes it a `publication`, encoded once per wire format;
 //! 3. `hub` finds the channel, `channel` walks its subscribers under its order lock;
 //! 4. `outbox` queues the frame and says who must be flushed;
-//! 5. `lanes` write each scheduled outbox with one vectored write.
+//! 5. `lanes` write each scheduled outbox at once (`writer`).
 //!
 //! # One command, from a socket to its reply
 //! `listen` (accept, `handshake`) → `session` (read, `websocket` frames) → `protocol` (typed command) →
@@ -50,7 +50,9 @@ pub mod connection;
 pub mod frame;
 pub mod lanes;
 pub mod outbox;
+pub mod writer;
 
+pub mod fence;
 pub mod inbox;
 pub mod multiplexer;
 pub mod publisher;

@@ -19,7 +19,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
-use crate::api::{Api, ApiError, error_response};
+use crate::api::{Api, ApiError};
 use crate::clock::{self, micros};
 use crate::close::CloseReason;
 use crate::connection::Connection;
@@ -188,7 +188,7 @@ impl Public {
         if let Some(why) = refuse.or(draining) {
             self.metrics().refused(why);
             let message = if draining.is_some() { "draining" } else { "too many connections" };
-            return error_response(&ApiError::handshake(StatusCode::SERVICE_UNAVAILABLE, message));
+            return ApiError::handshake(StatusCode::SERVICE_UNAVAILABLE, message).last_response();
         }
         // Taken first: the crate's own upgrade would hide the socket behind a trait object.
         let upgrade = hyper::upgrade::on(&mut request);

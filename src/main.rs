@@ -32,12 +32,10 @@ fn main() -> ExitCode {
         Err(error) => return refuse(&error.to_string()),
     };
     config.echo = options.echo;
-    let places = config.connections_max.unwrap_or_else(gateway::connections_max);
     if options.print_config {
-        say(config.print(places).trim_end());
+        say(config.print(gateway::connections_max(config.connections_max)).trim_end());
         return ExitCode::SUCCESS;
     }
-    config.connections_max = Some(places);
     start_log(&config);
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(config.worker_threads).enable_all().build();

@@ -97,6 +97,17 @@ impl<S> Members<S> {
         Some(member)
     }
 
+    /// Takes all members out, in no particular order.
+    pub fn take_all(&mut self) -> impl Iterator<Item = S> + use<S> {
+        std::mem::take(self).segments.into_iter().flat_map(|segment| segment.slots.into_iter().flatten())
+    }
+
+    /// The member at a position.
+    pub fn get_mut(&mut self, position: Position) -> Option<&mut S> {
+        let (index, slot) = (position.0 as usize / SEGMENT_SLOTS, position.0 as usize % SEGMENT_SLOTS);
+        self.segments.get_mut(index)?.slots.get_mut(slot)?.as_mut()
+    }
+
     /// All members, in no particular order.
     pub fn iter(&self) -> impl Iterator<Item = &S> {
         self.segments.iter().flat_map(|segment| segment.slots.iter().flatten())

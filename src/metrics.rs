@@ -18,7 +18,7 @@ use prometheus_client::registry::Registry;
 
 use crate::clock;
 use crate::close::CloseReason;
-use crate::outbox::Writer;
+use crate::writer::Writer;
 
 /// A counter that many threads can count on at once.
 pub type Count = Counter<u64, Sharded>;

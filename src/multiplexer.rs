@@ -40,6 +40,9 @@ const STABLE_TIME: Duration = Duration::from_secs(5);
 /// Probes that may be missing before the link is dead.
 const PROBES_MISSED_MAX: u32 = 2;
 
+/// What a fence's payload starts with; a probe's is a time.
+const FENCE: &str = "fence:";
+
 type HubChannel = Arc<Channel<Arc<Connection>>>;
 
 /// What the multiplexer needs to know.
@@ -58,7 +61,7 @@ pub async fn run(client: Client, settings: Settings, broker: Arc<Broker>) {
     let mut was_up = false;
     loop {
         let inbox = Arc::new(Inbox::new());
-        match connect(&client, &inbox, &control).await {
+        match forgetting(&broker, connect(&client, &inbox, &control)).await {
             Ok(connection) => {
                 info!("listening to redis");
                 if was_up {
@@ -82,7 +85,24 @@ pub async fn run(client: Client, settings: Settings, broker: Arc<Broker>) {
                 }
             }
         }
-        tokio::time::sleep(backoff.pause()).await;
+        forgetting(&broker, tokio::time::sleep(backoff.pause())).await;
+    }
+}
+
+/// Awaits `task` while there is no link. Channels that come and go meanwhile are dropped at once, so
+/// they cannot pile up; those that stay are listed again by the next turn.
+async fn forgetting<T>(broker: &Broker, task: impl Future<Output = T>) -> T {
+    tokio::pin!(task);
+    loop {
+        tokio::select! {
+            biased;
+            result = &mut task => return result,
+            () = broker.hub.changed() => {
+                for channel in broker.hub.take_changed() {
+                    broker.hub.forget(&channel);
+                }
+            }
+        }
     }
 }
 
@@ -116,8 +136,12 @@ struct Turn<'a> {
     probe: Probe,
 }
 
-/// An answered command: the channels it named and what Redis said.
-type Answered = (Vec<HubChannel>, redis::RedisResult<()>);
+/// An answered command.
+struct Answered {
+    is_subscribe: bool,
+    channels: Vec<HubChannel>,
+    answer: redis::RedisResult<()>,
+}
 
 struct Probe {
     next: Instant,
@@ -143,6 +167,7 @@ impl<'a> Turn<'a> {
     async fn serve(&mut self) -> &'static str {
         let broker = self.broker;
         let inbox = Arc::clone(&self.inbox);
+        broker.hub.list_all();
         loop {
             self.take_arrivals().await;
             if let Some(why) = self.inbox.lost() {
@@ -157,16 +182,26 @@ impl<'a> Turn<'a> {
                 () = inbox.arrived() => {}
                 () = broker.hub.changed() => {}
                 () = tokio::time::sleep_until(due) => {}
-                Some(answered) = self.commands.join_next() => match answered {
-                    Ok((channels, Err(error))) if error.is_unrecoverable_error() || error.is_timeout() => {
-                        warn!(%error, channels = channels.len(), "redis did not answer a subscribe");
-                        return "a command was not answered";
+                fence = broker.fence.asked() => self.send_control(&format!("{FENCE}{fence}")),
+                Some(Ok(answered)) = self.commands.join_next() => {
+                    if let Some(why) = self.answered(answered) {
+                        return why;
                     }
-                    Ok((channels, Err(error))) => self.refused(channels, &error),
-                    Ok((_, Ok(()))) | Err(_) => {}
-                },
+                }
             }
         }
+    }
+
+    /// Acts on an answer; returns why the link is to be given up, if it is.
+    fn answered(&mut self, answered: Answered) -> Option<&'static str> {
+        let Answered { is_subscribe, channels, answer } = answered;
+        let Err(error) = answer else { return None };
+        if is_subscribe && !error.is_unrecoverable_error() && !error.is_timeout() {
+            self.refused(channels, &error);
+            return None;
+        }
+        warn!(%error, channels = channels.len(), "redis did not carry out a command");
+        Some("a command was not carried out")
     }
 
     /// Delivers what has arrived, with one flush for all of it unless a subscriber is late.
@@ -175,8 +210,9 @@ impl<'a> Turn<'a> {
         for _ in 0..self.inbox.len() {
             let Some(arrival) = self.inbox.pop() else { break };
             self.take(arrival, &mut fanout);
-            if !fanout.late.is_empty() {
+            if fanout.needs_pause() {
                 self.broker.settle(&mut fanout).await;
+                tokio::task::yield_now().await;
             }
         }
         self.broker.shared.metrics.dropped(DropReason::RedisQueueFull, self.inbox.take_dropped_count());
@@ -191,7 +227,7 @@ impl<'a> Turn<'a> {
     fn take(&mut self, arrival: Arrival, fanout: &mut Fanout<Arc<Connection>>) {
         match arrival {
             Arrival::Message { channel, payload, .. } if channel == self.control.as_bytes() => {
-                self.probe_back(&payload)
+                self.control_back(&payload)
             }
             Arrival::Message { channel, payload, after_gap } => {
                 let Some(name) = self.name(&channel) else { return };
@@ -277,7 +313,7 @@ impl<'a> Turn<'a> {
         self.commands.spawn(async move {
             let answer =
                 if is_subscribe { connection.subscribe(&names).await } else { connection.unsubscribe(&names).await };
-            (channels, answer)
+            Answered { is_subscribe, channels, answer }
         });
     }
 
@@ -307,22 +343,33 @@ impl<'a> Turn<'a> {
         }
         self.probe.is_outstanding = true;
         self.probe.next = Instant::now() + self.settings.probe_interval;
-        let mut connection = self.connection.clone();
-        let control = self.control.to_owned();
-        self.commands.spawn(async move {
-            let sent_us = clock::now_us().to_string();
-            let publish: redis::RedisResult<i64> =
-                redis::cmd("PUBLISH").arg(control).arg(sent_us).query_async(&mut connection).await;
-            (Vec::new(), publish.map(drop))
-        });
+        self.send_control(&clock::now_us().to_string());
         true
     }
 
-    fn probe_back(&mut self, payload: &[u8]) {
-        self.probe.is_outstanding = false;
-        self.probe.missed = 0;
-        if let Some(sent_us) = str::from_utf8(payload).ok().and_then(|sent_us| sent_us.parse::<u64>().ok()) {
-            self.broker.shared.metrics.probe_lag_us.set(clock::now_us().saturating_sub(sent_us) as i64);
+    /// Publishes to our own control channel.
+    fn send_control(&mut self, payload: &str) {
+        let mut connection = self.connection.clone();
+        let mut publish = redis::cmd("PUBLISH");
+        publish.arg(self.control).arg(payload);
+        self.commands.spawn(async move {
+            let answer = publish.query_async::<i64>(&mut connection).await.map(drop);
+            Answered { is_subscribe: false, channels: Vec::new(), answer }
+        });
+    }
+
+    /// A probe or a fence came back.
+    fn control_back(&mut self, payload: &[u8]) {
+        let Ok(text) = str::from_utf8(payload) else { return };
+        match text.strip_prefix(FENCE).map(str::parse) {
+            Some(Ok(number)) => self.broker.fence.came_back(number),
+            Some(Err(_)) => {}
+            None => {
+                self.probe.is_outstanding = false;
+                self.probe.missed = 0;
+                let sent_us = text.parse().unwrap_or(0);
+                self.broker.shared.metrics.probe_lag_us.set(clock::now_us().saturating_sub(sent_us) as i64);
+            }
         }
     }
 

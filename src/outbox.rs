@@ -7,47 +7,34 @@
 //! that nothing is stranded.
 //!
 //! **Who is slow.** An outbox is slow only because its own socket refused bytes. A full outbox
-//! that was not refused is *late*: it is the server that is behind, so the publisher waits. A
-//! full and refused one gets a moment to make room (see [`STALL_US_MAX`], [`DRAIN_US_MAX`]);
-//! only then is it slow, and closed.
+//! that was not refused is *late*: it is the server that is behind, so publishers wait. A full and
+//! refused one holds publishers up as well, so that a burst closes nobody who reads, but only for
+//! [`STALL_US_MAX`] without progress and for [`HOLD_US_MAX`] in all; then it is slow, and closed.
 
 use std::collections::VecDeque;
-use std::io::{self, IoSlice};
+use std::io;
 use std::sync::Arc;
 
-use arrayvec::ArrayVec;
 use parking_lot::Mutex;
 
 use crate::frame::Frame;
+use crate::writer::{Batch, Transport, WRITE_FRAMES_MAX, Writer};
 
-/// A full outbox whose socket took no byte for this long (µs) is slow. A reader whose process
-/// waits for a processor on a loaded machine takes up to some 100 ms to come back.
-pub const STALL_US_MAX: u64 = 1_000_000;
+/// A full outbox whose socket took no byte for this long (µs) is slow: a reader that only waits for a
+/// processor comes back sooner. One that stalled before it was full holds nobody up at all.
+pub const STALL_US_MAX: u64 = 250_000;
 
-/// A full outbox that did not come down to half its bounds for this long (µs) after its socket
-/// began to refuse is slow, however much it trickles: that is how long one reader may hold up a publisher.
-pub const DRAIN_US_MAX: u64 = 3_000_000;
+/// How long (µs) one connection may hold publishers up in all, however much it trickles.
+pub const HOLD_US_MAX: u64 = 3_000_000;
 
-/// Most frames of one vectored write (`IOV_MAX` on Linux).
-const WRITE_FRAMES_MAX: usize = 1024;
+/// After this long (µs) without holding anybody up, a connection starts anew.
+const HOLD_FORGIVEN_US: u64 = 60_000_000;
 
 /// Pongs that can wait; beyond it the newest replaces the last (RFC 6455 §5.5.3 allows to answer only that).
 const PONGS_MAX: usize = 16;
 
-/// Batches up to this size are joined into one buffer: beyond it a copy costs more than the slices do.
-const JOINED_BYTES_MAX: usize = 64 << 10;
-
 /// An empty queue keeps at most this capacity, so that a burst leaves no memory behind.
 const IDLE_CAPACITY_MAX: usize = 32;
-
-/// The transport seam: the writer's only I/O. Readiness comes from the TCP socket.
-pub trait Transport {
-    /// Writes what fits without blocking.
-    ///
-    /// # Errors
-    /// [`io::ErrorKind::WouldBlock`] if nothing fits now; anything else ends the connection.
-    fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize>;
-}
 
 /// A short critical section. Production uses [`Mutex`]; the model test explores every interleaving with loom's.
 pub trait Lock<T> {
@@ -157,14 +144,16 @@ impl<L: Lock<State>> Outbox<L> {
     /// Writes everything pending. Only the owner of the write right may call this.
     pub fn flush(&self, transport: &impl Transport, writer: &mut Writer, limits: &Limits, now_us: u64) -> Flushed {
         loop {
-            if let Some(end) = self.state.with(|state| state.take(&mut writer.batch)) {
+            if let Some(end) = self.state.with(|state| state.take(&mut writer.batch, now_us)) {
                 return end;
             }
             writer.oldest_us = writer.batch.frames.first().map_or(0, |frame| frame.created_us);
             match writer.write(transport) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return self.state.with(|state| state.refuse(&mut writer.batch, limits, now_us));
+                    let (end, dropped) = self.state.with(|state| state.refuse(&mut writer.batch, limits, now_us));
+                    writer.frames_dropped += dropped as u64;
+                    return end;
                 }
                 Err(_) => {
                     writer.frames_dropped += (writer.batch.unsent().len() + self.state.with(State::fail)) as u64;
@@ -192,8 +181,8 @@ impl<L: Lock<State>> Outbox<L> {
 
     /// Whether the peer has been too slow at `now_us`: the oldest unsent frame is older than `age_us_max`,
     /// or the outbox stayed full. Both count from when the socket began to refuse.
-    pub fn is_overdue(&self, now_us: u64, age_us_max: u64, limits: &Limits) -> bool {
-        self.state.with(|state| state.is_overdue(now_us, age_us_max, limits))
+    pub fn is_overdue(&self, now_us: u64, age_us_max: u64) -> bool {
+        self.state.with(|state| state.is_overdue(now_us, age_us_max))
     }
 
     /// Frames and bytes that wait.
@@ -221,8 +210,11 @@ pub struct State {
     refused_us: u64,
     /// Last time the socket took bytes since then.
     progress_us: u64,
-    /// Last time since then that the outbox was at most half full after a write.
-    room_us: u64,
+    /// Since when it is full and holds publishers up (0: it does not).
+    full_us: u64,
+    /// How long it held them up before that, and until when.
+    held_us: u64,
+    held_until_us: u64,
 }
 
 #[derive(Debug, Default)]
@@ -243,7 +235,9 @@ impl Default for State {
             slots: None,
             refused_us: 0,
             progress_us: 0,
-            room_us: 0,
+            full_us: 0,
+            held_us: 0,
+            held_until_us: 0,
         }
     }
 }
@@ -256,8 +250,11 @@ impl State {
         // An empty outbox takes any one frame.
         let is_full =
             !self.queue.is_empty() && (self.queue.len() >= limits.messages || self.bytes + frame.len() > limits.bytes);
-        if is_full && self.is_slow(frame.created_us) {
-            return Push::Slow;
+        if is_full && self.phase == Phase::Blocked {
+            self.hold(frame.created_us);
+            if self.is_slow(frame.created_us) {
+                return Push::Slow;
+            }
         }
         self.bytes += frame.len();
         self.queue.push_back(Arc::clone(frame));
@@ -316,17 +313,19 @@ impl State {
     }
 
     /// Moves what is pending into `batch`, or gives the write right back and says how it ended.
-    fn take(&mut self, batch: &mut Batch) -> Option<Flushed> {
+    fn take(&mut self, batch: &mut Batch, now_us: u64) -> Option<Flushed> {
         if self.phase == Phase::Failed {
             return Some(Flushed::Failed);
         }
         if self.queue.is_empty() && self.slots.is_none() {
             self.refused_us = 0;
+            self.release(now_us);
             self.queue.shrink_to(IDLE_CAPACITY_MAX);
             self.phase = if self.closing { Phase::Finished } else { Phase::Idle };
             return Some(if self.closing { Flushed::Finished } else { Flushed::Idle });
         }
         batch.clear();
+        batch.has_close = self.closing;
         batch.head_sent = std::mem::take(&mut self.head_sent);
         let slots = self.slots.take();
         if batch.head_sent > 0 {
@@ -343,15 +342,17 @@ impl State {
     }
 
     /// Takes back what the socket refused and passes the write right to the connection's own task.
-    fn refuse(&mut self, batch: &mut Batch, limits: &Limits, now_us: u64) -> Flushed {
+    /// Also returns how many frames that drops.
+    fn refuse(&mut self, batch: &mut Batch, limits: &Limits, now_us: u64) -> (Flushed, usize) {
+        let unsent = batch.unsent().len();
         if self.phase == Phase::Failed {
             batch.clear();
-            return Flushed::Failed;
+            return (Flushed::Failed, unsent);
         }
-        let unsent = batch.unsent();
-        // A close without the queue may have come during the write.
-        let kept = if self.discarding { usize::from(batch.head_sent > 0).min(unsent.len()) } else { unsent.len() };
-        for frame in unsent[..kept].iter().rev() {
+        // A close without the queue may have come during the write: then only what was begun goes before it.
+        let is_cut = self.discarding && !batch.has_close;
+        let kept = if is_cut { usize::from(batch.head_sent > 0).min(unsent) } else { unsent };
+        for frame in batch.unsent()[..kept].iter().rev() {
             self.bytes += frame.len();
             self.queue.push_front(Arc::clone(frame));
         }
@@ -360,21 +361,21 @@ impl State {
         if self.refused_us == 0 {
             self.refused_us = now_us;
             self.progress_us = now_us;
-            self.room_us = now_us;
         }
         if batch.progress {
             self.progress_us = now_us;
             if self.is_at_most_half(limits) {
-                self.room_us = now_us;
+                self.release(now_us);
             }
         }
         batch.clear();
         self.phase = Phase::Blocked;
-        Flushed::Blocked
+        (Flushed::Blocked, unsent - kept)
     }
 
     fn fail(&mut self) -> usize {
-        let dropped = self.queue.len();
+        // The close frame is nothing that anybody published.
+        let dropped = self.queue.len() - usize::from(self.closing && !self.queue.is_empty());
         self.phase = Phase::Failed;
         self.queue = VecDeque::new();
         self.bytes = 0;
@@ -382,134 +383,41 @@ impl State {
         dropped
     }
 
+    /// From now on publishers wait for this outbox.
+    fn hold(&mut self, now_us: u64) {
+        if self.full_us == 0 {
+            self.full_us = now_us;
+            if now_us.saturating_sub(self.held_until_us) > HOLD_FORGIVEN_US {
+                self.held_us = 0;
+            }
+        }
+    }
+
+    /// There is room again.
+    fn release(&mut self, now_us: u64) {
+        if self.full_us > 0 {
+            self.held_us += now_us.saturating_sub(self.full_us);
+            self.held_until_us = now_us;
+            self.full_us = 0;
+        }
+    }
+
     fn is_slow(&self, now_us: u64) -> bool {
         self.phase == Phase::Blocked
+            && self.full_us > 0
             && (now_us.saturating_sub(self.progress_us) > STALL_US_MAX
-                || now_us.saturating_sub(self.room_us) > DRAIN_US_MAX)
+                || self.held_us + now_us.saturating_sub(self.full_us) > HOLD_US_MAX)
     }
 
     fn is_at_most_half(&self, limits: &Limits) -> bool {
         self.queue.len() <= limits.messages / 2 && self.bytes <= limits.bytes / 2
     }
 
-    fn is_overdue(&self, now_us: u64, age_us_max: u64, limits: &Limits) -> bool {
+    fn is_overdue(&self, now_us: u64, age_us_max: u64) -> bool {
         let Some(head) = self.queue.front() else { return false };
         if self.phase != Phase::Blocked || self.closing || self.refused_us == 0 {
             return false;
         }
-        let is_full = self.queue.len() >= limits.messages || self.bytes >= limits.bytes;
-        now_us.saturating_sub(self.refused_us.max(head.created_us)) > age_us_max || (is_full && self.is_slow(now_us))
-    }
-}
-
-/// Scratch space of one flusher, kept from flush to flush so that none allocates.
-#[derive(Debug, Default)]
-pub struct Writer {
-    batch: Batch,
-    joined: Joined,
-    /// Frames completely written since the owner last reset it.
-    pub frames_sent: u64,
-    /// Bytes written since the owner last reset it.
-    pub bytes_sent: u64,
-    /// Frames that a failing socket left unsent since the owner last reset it.
-    pub frames_dropped: u64,
-    /// When the first frame of the last batch was made (µs).
-    pub oldest_us: u64,
-}
-
-/// The last batch of several frames as one buffer. Subscribers of a channel mostly wait for the same
-/// frames, so it is made for the first one and serves the rest: one plain send instead of many slices.
-#[derive(Debug, Default)]
-struct Joined {
-    frames: Vec<Arc<Frame>>,
-    bytes: Vec<u8>,
-}
-
-#[derive(Debug, Default)]
-struct Batch {
-    frames: Vec<Arc<Frame>>,
-    /// Frames at the front that are sent.
-    done: usize,
-    /// Bytes of the frame after those that are sent.
-    head_sent: usize,
-    /// The socket took some bytes of this batch.
-    progress: bool,
-}
-
-impl Batch {
-    fn clear(&mut self) {
-        self.frames.clear();
-        self.done = 0;
-        self.head_sent = 0;
-        self.progress = false;
-    }
-
-    fn unsent(&self) -> &[Arc<Frame>] {
-        &self.frames[self.done..]
-    }
-
-    /// One vectored write of all that is unsent; message borders are the frames' own.
-    fn write_once(&self, transport: &impl Transport) -> io::Result<usize> {
-        let mut slices = ArrayVec::<IoSlice<'_>, WRITE_FRAMES_MAX>::new();
-        let mut skip = self.head_sent;
-        for frame in self.unsent() {
-            slices.push(IoSlice::new(&frame.bytes()[std::mem::take(&mut skip)..]));
-        }
-        transport.try_write(&slices)
-    }
-
-    /// Moves on by `written` bytes; returns how many frames that completed.
-    fn advance(&mut self, written: usize) -> usize {
-        let before = self.done;
-        self.progress = true;
-        self.head_sent += written;
-        while let Some(frame) = self.frames.get(self.done).filter(|frame| frame.len() <= self.head_sent) {
-            self.head_sent -= frame.len();
-            self.done += 1;
-        }
-        self.done - before
-    }
-}
-
-impl Writer {
-    /// Writes the batch until it is sent or the socket refuses.
-    fn write(&mut self, transport: &impl Transport) -> io::Result<()> {
-        let mut is_joined = self.joined.hold(&self.batch);
-        while self.batch.done < self.batch.frames.len() {
-            let result = match std::mem::take(&mut is_joined) {
-                true => transport.try_write(&[IoSlice::new(&self.joined.bytes)]),
-                false => self.batch.write_once(transport),
-            };
-            match result {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(written) => {
-                    self.bytes_sent += written as u64;
-                    self.frames_sent += self.batch.advance(written) as u64;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Joined {
-    /// Makes the buffer hold a batch from its first byte on, if that is worth it.
-    fn hold(&mut self, batch: &Batch) -> bool {
-        if batch.frames.len() < 2 || batch.head_sent > 0 {
-            return false;
-        }
-        let is_same = |(ours, theirs): (&Arc<Frame>, &Arc<Frame>)| Arc::ptr_eq(ours, theirs);
-        if self.frames.len() == batch.frames.len() && self.frames.iter().zip(&batch.frames).all(is_same) {
-            return true;
-        }
-        if batch.frames.iter().map(|frame| frame.len()).sum::<usize>() > JOINED_BYTES_MAX {
-            return false;
-        }
-        self.frames.clone_from(&batch.frames);
-        self.bytes.clear();
-        batch.frames.iter().for_each(|frame| self.bytes.extend_from_slice(frame.bytes()));
-        true
+        self.is_slow(now_us) || now_us.saturating_sub(self.refused_us.max(head.created_us)) > age_us_max
     }
 }

@@ -124,6 +124,7 @@ pub async fn run(client: Client, mut jobs: Jobs, broker: Arc<Broker>, channel_pr
         publish_until_lost(connection, &lost, &mut jobs, &broker, &channel_prefix).await;
         broker.note_link(Link::Publish, false);
         warn!("lost the publishing connection to redis");
+        answer_while(tokio::time::sleep(backoff.pause()), &mut jobs, &broker).await;
     }
 }
 

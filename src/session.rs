@@ -25,20 +25,23 @@ use crate::event::{self, Welcome};
 use crate::frame::{Frame, Opcode};
 use crate::hub::Subscriptions;
 use crate::metrics::Source;
-use crate::outbox::Writer;
 use crate::protocol::{self, Command, ErrorCode, Refusal, Request, Target};
 use crate::publication::{Format, Payload};
 use crate::publisher::{Job, Reply};
 use crate::rules::ChannelRules;
 use crate::websocket::{Message, Parser};
+use crate::writer::Writer;
 
 /// Bytes read at once.
 const READ_BYTES: usize = 64 << 10;
 
+/// Commands (and channels of their lists) that one frame may carry: their answers must fit into an outbox.
+const ANSWERS_MAX: usize = 4096;
+
 /// How long the close frame may take to leave (design section 3, "Closing"). After a drain everything
 /// accepted goes first, so a reader has longer.
 const CLOSE_SEND_TIME: Duration = Duration::from_secs(1);
-const DRAIN_SEND_TIME: Duration = Duration::from_secs(5);
+const DRAIN_SEND_TIME: Duration = Duration::from_secs(10);
 
 /// How long the peer may take to end the connection after our close frame.
 const CLOSE_WAIT_TIME: Duration = Duration::from_secs(5);
@@ -116,6 +119,8 @@ pub struct Session {
     subscriptions: Subscriptions<Arc<Connection>>,
     parser: Parser,
     is_echo: bool,
+    /// Answers that the current frame may still have.
+    answers_left: usize,
     /// Read but not carried out yet: publishing has to wait.
     backlog: Vec<u8>,
     /// Subscribers that are late; while there are any, nothing is read.
@@ -134,6 +139,7 @@ impl Session {
             connection,
             context,
             is_echo,
+            answers_left: ANSWERS_MAX,
             backlog: backlog.to_vec(),
             late: Vec::new(),
             unqueued: Vec::new(),
@@ -145,8 +151,8 @@ impl Session {
         self.start(&mode);
         drop(mode);
         loop {
-            if self.is_stalled() {
-                Box::pin(self.wait_for_room()).await;
+            if self.is_stalled() || !self.backlog.is_empty() {
+                Box::pin(self.pause()).await;
             }
             match std::future::poll_fn(|context| self.connection.poll_wake(context, true)).await {
                 Wake::Closing => break,
@@ -202,13 +208,15 @@ impl Session {
         !self.late.is_empty() || !self.unqueued.is_empty()
     }
 
-    /// Waits until publishing can go on, writing the own outbox meanwhile, then carries out the backlog.
-    async fn wait_for_room(&mut self) {
+    /// Gives others their turn and waits until publishing can go on, writing the own outbox meanwhile;
+    /// then carries out the backlog.
+    async fn pause(&mut self) {
         let broker = Arc::clone(&self.context.broker);
-        while self.is_stalled() {
+        while self.is_stalled() || !self.backlog.is_empty() {
             let late = std::mem::take(&mut self.late);
             let unqueued = std::mem::take(&mut self.unqueued);
             let room = async {
+                tokio::task::yield_now().await;
                 broker.shared.lanes.room(late).await;
                 if let Some(publisher) = &broker.publisher {
                     for job in unqueued {
@@ -281,7 +289,7 @@ impl Session {
     fn carry_out<'a>(&mut self, mut input: &'a mut [u8], fanout: &mut Fanout<Arc<Connection>>) -> &'a [u8] {
         let now_us = clock::now_us();
         self.connection.seen(now_us);
-        while !self.is_stalled() && fanout.late.is_empty() {
+        while !self.is_stalled() && !fanout.needs_pause() {
             match self.parser.next(&mut input, now_us) {
                 Ok(Some(message)) => self.handle(message, fanout),
                 Ok(None) => return &[],
@@ -301,7 +309,10 @@ impl Session {
             Message::Close(code) => self.connection.close(CloseReason::Client(code)),
             Message::Text(text) if self.is_echo => self.reply(&Frame::text(&text), fanout),
             Message::Binary(bytes) if self.is_echo => self.reply(&Frame::new(Opcode::Binary, &[&bytes]), fanout),
-            Message::Text(text) if self.is_json() => protocol::parse(&text, |request| self.execute(request, fanout)),
+            Message::Text(text) if self.is_json() => {
+                self.answers_left = ANSWERS_MAX;
+                protocol::parse(&text, |request| self.execute(request, fanout));
+            }
             Message::Binary(_) if self.is_json() => {
                 self.connection.close(CloseReason::UnsupportedData("binary frames are not part of hubcast.v1"));
             }
@@ -314,8 +325,21 @@ impl Session {
         self.connection.format() == Format::Json
     }
 
+    /// Counts an answer to the current frame. False: it had its share, and is told so once.
+    fn may_answer(&mut self, id: Option<&str>, fanout: &mut Fanout<Arc<Connection>>) -> bool {
+        if self.answers_left == 1 {
+            let refusal = Refusal::new(ErrorCode::LimitExceeded, "too many commands in one frame, the rest is ignored");
+            self.reply(&event::error(id, &refusal, None), fanout);
+        }
+        self.answers_left = self.answers_left.saturating_sub(1);
+        self.answers_left > 0
+    }
+
     fn execute(&mut self, request: Request<'_>, fanout: &mut Fanout<Arc<Connection>>) {
         let id = request.id;
+        if !self.may_answer(id, fanout) {
+            return;
+        }
         match request.command {
             Err(refusal) => self.reply(&event::error(id, &refusal, None), fanout),
             Ok(Command::Ping) => self.reply(&event::pong(id), fanout),
@@ -342,6 +366,9 @@ impl Session {
         mut carry_out: impl FnMut(&mut Self, &str, &mut Fanout<Arc<Connection>>),
     ) {
         for target in targets {
+            if !self.may_answer(id, fanout) {
+                return;
+            }
             match target {
                 Ok(channel) => carry_out(self, &channel, fanout),
                 Err((given, refusal)) => self.reply(&event::error(id, &refusal, Some(&given)), fanout),

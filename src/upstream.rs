@@ -1,7 +1,7 @@
 //! What Redis knows of one channel, against what the hub wants: a level-triggered state machine.
 //!
 //! At most one operation is outstanding per channel, so a confirmation is never ambiguous. Pure;
-//! `tests/it/upstream_model.rs` explores its races with loom.
+//! `tests/it/outbox_model.rs` explores its races with loom.
 
 /// How long a channel without subscribers stays subscribed (µs): a page reload costs Redis nothing.
 pub const LINGER_US: u64 = 1_000_000;

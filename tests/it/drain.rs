@@ -1,8 +1,5 @@
 //! SIGTERM: the real binary, under load, loses nothing that it accepted.
 
-use std::io::{BufRead, BufReader, Read};
-use std::net::SocketAddr;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -14,50 +11,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::Message;
 
-use crate::harness::{Client, Process, Raw, await_metric, gateway, soon};
-
-/// The binary on free ports, started with the given variables.
-struct Binary {
-    process: Process,
-    public: SocketAddr,
-    internal: SocketAddr,
-    output: BufReader<std::process::ChildStdout>,
-}
-
-impl Binary {
-    fn start(env: &[(&str, &str)]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_hubcast"))
-            .envs([
-                ("HUBCAST_LISTEN", "127.0.0.1:0"),
-                ("HUBCAST_INTERNAL_LISTEN", "127.0.0.1:0"),
-                ("HUBCAST_LOG", "warn"),
-            ])
-            .envs(env.iter().copied())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the binary is built");
-        let mut output = BufReader::new(child.stdout.take().expect("its output is piped"));
-        let (mut public, mut internal) = (None, None);
-        while public.is_none() || internal.is_none() {
-            let mut line = String::new();
-            assert!(output.read_line(&mut line).unwrap() > 0, "it ended before it was ready");
-            let addr_after = |start: &str| line.split_once(start)?.1.split('/').next()?.parse().ok();
-            public = public.or_else(|| addr_after("ws://"));
-            internal = internal.or_else(|| addr_after("http://"));
-        }
-        Self { process: Process(child), public: public.unwrap(), internal: internal.unwrap(), output }
-    }
-
-    /// Waits for the end; gives the exit status and the rest of the output.
-    async fn end(mut self) -> (std::process::ExitStatus, String) {
-        let ended = tokio::task::spawn_blocking(move || {
-            let mut rest = String::new();
-            self.output.read_to_string(&mut rest).unwrap();
-            (self.process.0.wait().unwrap(), rest)
-        });
-        soon("the end of the process", ended).await.unwrap()
-    }
-}
+use crate::binary::{Binary, exchange};
+use crate::harness::{Client, Raw, await_metric, gateway, soon};
 
 /// One request on a keep-alive connection; the status and the head.
 async fn request(socket: &mut TcpStream, path: &str, body: &str) -> Option<u16> {
@@ -75,7 +30,7 @@ async fn request(socket: &mut TcpStream, path: &str, body: &str) -> Option<u16> 
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_under_load_gives_each_reader_everything_accepted_and_1012() {
     const CLIENTS: usize = 2_000;
-    let binary = Binary::start(&[("HUBCAST_DRAIN_TIME", "2s")]);
+    let binary = Binary::start(20_000, &[("HUBCAST_DRAIN_TIME", "2s")]);
     let url = format!("ws://{}/ws?channels=c", binary.public);
     let mut clients = Vec::new();
     for _ in 0..CLIENTS {
@@ -167,14 +122,6 @@ async fn refusal(binary: &Binary) -> String {
     answer.filter(|answer| answer.starts_with("HTTP/1.1 503")).expect("the public listener refuses")
 }
 
-async fn exchange(addr: SocketAddr, request: &str) -> Option<String> {
-    let mut socket = TcpStream::connect(addr).await.ok()?;
-    socket.write_all(request.as_bytes()).await.ok()?;
-    let mut answer = [0; 512];
-    let len = socket.read(&mut answer).await.ok()?;
-    Some(String::from_utf8_lossy(&answer[..len]).into_owned())
-}
-
 /// Accepted before its close frame means: delivered. Nobody is closed with less.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_published_during_the_drain_reaches_those_still_open() {
@@ -228,7 +175,7 @@ async fn peers_that_do_not_answer_are_counted_as_cut_off() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_signal_ends_at_once() {
-    let binary = Binary::start(&[("HUBCAST_DRAIN_TIME", "1h")]);
+    let binary = Binary::start(20_000, &[("HUBCAST_DRAIN_TIME", "1h")]);
     let url = format!("ws://{}/ws", binary.public);
     let (_clients, _) = tokio_tungstenite::connect_async(&url).await.expect("connected");
     let (_clients2, _) = tokio_tungstenite::connect_async(&url).await.expect("connected");

@@ -7,6 +7,7 @@
     reason = "stories and tables are read top to bottom, and may report"
 )]
 
+mod binary;
 mod harness;
 
 mod api;

@@ -4,8 +4,9 @@ use std::io::{self, IoSlice};
 
 use hubcast::close::CloseReason;
 use hubcast::frame::Frame;
-use hubcast::outbox::{Flushed, Limits, Lock, Outbox, Phase, Push, State, Transport, Writer};
+use hubcast::outbox::{Flushed, Limits, Lock, Outbox, Phase, Push, State};
 use hubcast::upstream::{Step, Upstream};
+use hubcast::writer::{Transport, Writer};
 use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use loom::sync::{Arc, Mutex, Notify};
 use loom::thread;
@@ -170,6 +171,36 @@ fn a_close_that_races_a_publish_is_always_sent_last() {
         own_task.join().unwrap();
         let expected: &[&str] = if was_taken { &["a1", "88"] } else { &["88"] };
         assert_eq!(world.received(), expected);
+    });
+}
+
+/// A close that drops the queue: the frame that was begun is finished, and the close frame follows in any case.
+#[test]
+fn a_close_that_discards_still_sends_its_close_frame() {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(|| {
+        let world = World::new();
+        let publisher = thread::spawn({
+            let world = Arc::clone(&world);
+            move || {
+                world.publish("a1");
+                world.publish("a2");
+            }
+        });
+        let own_task = thread::spawn({
+            let world = Arc::clone(&world);
+            move || world.own_task()
+        });
+        world.outbox.close(Frame::close(&CloseReason::SlowConsumer), false);
+        world.wake.notify();
+        publisher.join().unwrap();
+        own_task.join().unwrap();
+        let received = world.received();
+        assert_eq!(received.last().map(String::as_str), Some("88"), "{received:?}");
+        assert!(
+            ["a1", "a2"].starts_with(&received.iter().map(String::as_str).take(received.len() - 1).collect::<Vec<_>>())
+        );
     });
 }
 

@@ -176,3 +176,17 @@ async fn binary_frames_are_not_part_of_the_protocol() {
     client.send_message(Message::binary(b"{}".as_slice())).await;
     assert_eq!(client.close_frame().await.0, 1003);
 }
+
+/// A frame full of commands is answered up to a bound, and the rest with one error.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_frame_has_a_bounded_number_of_answers() {
+    let gateway = gateway(&[]);
+    let mut client = Client::connect(&gateway).await;
+    client.send_text(&format!("[{}1]", "1,".repeat(30_000))).await;
+    for _ in 1..4096 {
+        assert_eq!(client.json().await["code"], "bad_request");
+    }
+    assert_eq!(client.json().await["code"], "limit_exceeded");
+    client.send_text(r#"{"type":"ping"}"#).await;
+    client.expect(&json!({"type": "pong"})).await;
+}
