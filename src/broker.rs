@@ -65,7 +65,7 @@ impl Broker {
     /// Waits for subscribers that are late, and for room in the queue to Redis.
     ///
     /// # Errors
-    /// `too_large`.
+    /// `too_large`, or `unavailable` if there was no room in time.
     pub async fn start_publish(&self, channel: &str, payload: Payload<'_>) -> Result<Publishing, Refusal> {
         self.check_size(payload.bytes())?;
         let Some(publisher) = &self.publisher else {
@@ -76,7 +76,8 @@ impl Broker {
         };
         let (sender, outcome) = oneshot::channel();
         self.shared.metrics.publication(Source::Http);
-        publisher.send(Job::new(channel, payload.bytes(), Reply::Http(sender))).await;
+        let job = Job::new(channel, payload.bytes(), Reply::Http(sender));
+        publisher.send(job).await.map_err(|_| Refusal::unavailable())?;
         Ok(Publishing(Some(outcome)))
     }
 

@@ -139,7 +139,7 @@ pub enum Ticket {
     /// Joined at once.
     Joined(Position),
     /// Waited for the channel to become live; the seat holds the position, among those who wait
-    /// ([`WAITING`] is set) or among the members.
+    /// (its top bit is set) or among the members.
     Pending(Arc<AtomicU64>),
 }
 

@@ -82,7 +82,7 @@ impl Gateway {
         let internal = bind("HUBCAST_INTERNAL_LISTEN", config.internal_listen)?;
         let (addr, internal_addr) = (listener.local_addr()?, internal.local_addr()?);
         let redis = config.redis_url.as_deref().map(redis_link::client).transpose()?;
-        let (publisher, jobs) = Publisher::new();
+        let (publisher, jobs) = Publisher::new(config.publish_timeout);
         let broker = Arc::new(Broker {
             hub: if redis.is_some() { Hub::with_upstream() } else { Hub::local() },
             shared: Arc::new(Shared {

@@ -15,6 +15,7 @@ use tracing::{info, warn};
 
 use crate::broker::Broker;
 use crate::channel::Fanout;
+use crate::clock::{self, micros};
 use crate::connection::Connection;
 use crate::event;
 use crate::metrics::Link;
@@ -35,6 +36,8 @@ const PIPELINE_JOBS_MAX: usize = 512;
 pub struct Publisher {
     jobs: mpsc::Sender<(Job, OwnedSemaphorePermit)>,
     bytes: Arc<Semaphore>,
+    /// How long a job may wait for room, and then for its turn.
+    timeout: Duration,
 }
 
 /// One message to publish.
@@ -43,6 +46,7 @@ pub struct Job {
     channel: Box<str>,
     payload: Box<[u8]>,
     reply: Reply,
+    accepted_us: u64,
 }
 
 /// Who hears of the outcome.
@@ -60,7 +64,7 @@ pub type Jobs = mpsc::Receiver<(Job, OwnedSemaphorePermit)>;
 impl Job {
     /// A job; the payload is copied because it outlives the read buffer.
     pub fn new(channel: &str, payload: &[u8], reply: Reply) -> Self {
-        Self { channel: channel.into(), payload: payload.into(), reply }
+        Self { channel: channel.into(), payload: payload.into(), reply, accepted_us: clock::now_us() }
     }
 
     /// What it takes of the byte budget; one payload always fits.
@@ -70,17 +74,27 @@ impl Job {
 }
 
 impl Publisher {
-    /// The queue's two ends.
-    pub fn new() -> (Self, Jobs) {
+    /// The queue's two ends; a job that was not sent to Redis within `timeout` is refused.
+    pub fn new(timeout: Duration) -> (Self, Jobs) {
         let (jobs, receiver) = mpsc::channel(QUEUE_JOBS_MAX);
-        (Self { jobs, bytes: Arc::new(Semaphore::new(QUEUE_BYTES_MAX)) }, receiver)
+        (Self { jobs, bytes: Arc::new(Semaphore::new(QUEUE_BYTES_MAX)), timeout }, receiver)
     }
 
-    /// Queues a job, waiting for room. A queue without a receiver drops the job, and with it the reply.
-    pub async fn send(&self, job: Job) {
-        let permits = Arc::clone(&self.bytes).acquire_many_owned(job.permits()).await;
-        if let Ok(permit) = permits {
-            let _ = self.jobs.send((job, permit)).await;
+    /// Queues a job, waiting for room within the timeout.
+    ///
+    /// # Errors
+    /// The job: nothing was sent.
+    pub async fn send(&self, job: Job) -> Result<(), Job> {
+        let room = async {
+            let bytes = Arc::clone(&self.bytes).acquire_many_owned(job.permits()).await.ok()?;
+            Some((bytes, self.jobs.reserve().await.ok()?))
+        };
+        match tokio::time::timeout(self.timeout, room).await {
+            Ok(Some((bytes, place))) => {
+                place.send((job, bytes));
+                Ok(())
+            }
+            Ok(None) | Err(_) => Err(job),
         }
     }
 
@@ -121,7 +135,7 @@ pub async fn run(client: Client, mut jobs: Jobs, broker: Arc<Broker>, channel_pr
         }
         was_up = true;
         broker.note_link(Link::Publish, true);
-        publish_until_lost(connection, &lost, &mut jobs, &broker, &channel_prefix).await;
+        publish_until_lost(connection, &lost, &mut jobs, &broker, &channel_prefix, timeout).await;
         broker.note_link(Link::Publish, false);
         warn!("lost the publishing connection to redis");
         answer_while(tokio::time::sleep(backoff.pause()), &mut jobs, &broker).await;
@@ -159,6 +173,7 @@ async fn publish_until_lost(
     jobs: &mut Jobs,
     broker: &Broker,
     channel_prefix: &str,
+    timeout: Duration,
 ) {
     let mut batch = Vec::new();
     loop {
@@ -166,6 +181,10 @@ async fn publish_until_lost(
             biased;
             () = lost.notified() => return,
             _ = jobs.recv_many(&mut batch, PIPELINE_JOBS_MAX) => {}
+        }
+        refuse_expired(&mut batch, broker, timeout);
+        if batch.is_empty() {
+            continue;
         }
         let mut pipeline = redis::pipe();
         pipeline.ignore_errors();
@@ -186,6 +205,18 @@ async fn publish_until_lost(
             }
         }
     }
+}
+
+/// Answers a job that was not queued.
+pub fn refuse(job: Job, broker: &Broker) {
+    answer([(job.reply, Err(Refusal::unavailable()))], broker);
+}
+
+/// Refuses what waited for its turn for longer than a publish may take.
+fn refuse_expired(batch: &mut Vec<(Job, OwnedSemaphorePermit)>, broker: &Broker, timeout: Duration) {
+    let oldest_us = clock::now_us().saturating_sub(micros(timeout));
+    let expired = batch.extract_if(.., |(job, _)| job.accepted_us < oldest_us);
+    answer(expired.map(|(job, _)| (job.reply, Err(Refusal::unavailable()))), broker);
 }
 
 /// Sends the outcomes on, with one flush for all of them.

@@ -27,7 +27,7 @@ use crate::hub::Subscriptions;
 use crate::metrics::Source;
 use crate::protocol::{self, Command, ErrorCode, Refusal, Request, Target};
 use crate::publication::{Format, Payload};
-use crate::publisher::{Job, Reply};
+use crate::publisher::{self, Job, Reply};
 use crate::rules::ChannelRules;
 use crate::websocket::{Message, Parser};
 use crate::writer::Writer;
@@ -220,7 +220,9 @@ impl Session {
                 broker.shared.lanes.room(late).await;
                 if let Some(publisher) = &broker.publisher {
                     for job in unqueued {
-                        publisher.send(job).await;
+                        if let Err(job) = publisher.send(job).await {
+                            publisher::refuse(job, &broker);
+                        }
                     }
                 }
             };

@@ -446,3 +446,42 @@ async fn churn_without_redis_does_not_pile_up() {
     redis.restart().await;
     client.expect(&json!({"type": "subscribed", "channel": "stays"})).await;
 }
+
+/// The queue behind the link is bounded: what does not fit is counted, and told exactly where it is missing.
+#[test]
+fn a_full_inbox_remembers_where_the_gap_is() {
+    use hubcast::inbox::{Arrival, Inbox};
+    use redis::{PushInfo, PushKind, Value};
+    let inbox = Inbox::new();
+    let push = |kind, channel: &str, payload: &str| {
+        let data = vec![Value::BulkString(channel.into()), Value::BulkString(payload.into())];
+        inbox.push(PushInfo { kind, data });
+    };
+    let mut fitted = 0;
+    while inbox.take_dropped_count() == 0 {
+        push(PushKind::Message, "a", "x");
+        fitted += 1;
+    }
+    push(PushKind::Message, "b", "x");
+    assert_eq!(inbox.take_dropped_count(), 1);
+    assert!(inbox.take_dropped().is_empty(), "not before everything older is delivered");
+    let after_gap = || match inbox.pop() {
+        Some(Arrival::Message { after_gap, .. }) => Some(after_gap),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(after_gap(), Some(false));
+    push(PushKind::Message, "a", "y");
+    for _ in 0..fitted - 2 {
+        assert_eq!(after_gap(), Some(false));
+    }
+    assert_eq!(after_gap(), Some(true), "the first message behind the gap carries it");
+    let silent: Vec<_> = inbox.take_dropped().into_iter().collect();
+    assert_eq!(silent, [b"b".to_vec()], "and a channel that stays silent is told at the end");
+    // A confirmation cannot be dropped without losing track: the link is given up.
+    for _ in 0..fitted {
+        push(PushKind::Message, "a", "x");
+    }
+    assert_eq!(inbox.lost(), None);
+    push(PushKind::Subscribe, "c", "");
+    assert!(inbox.lost().is_some());
+}
