@@ -3,6 +3,10 @@
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
+use hubcast::close::CloseReason;
+use hubcast::frame::Frame;
+use hubcast::outbox::{Flushed, Limits, Outbox, Push};
+use hubcast::writer::{Transport, Writer};
 use serde_json::json;
 use socket2::SockRef;
 
@@ -242,5 +246,43 @@ async fn frames_of_many_channels_go_out_in_turns() {
     small.expect(&json!({"type": "event", "channel": "small", "data": 2})).await;
     for client in &mut big {
         client.expect(&json!({"type": "event", "channel": "big", "data": 1})).await;
+    }
+}
+
+/// A socket that takes as many bytes per call as its script says; 0 refuses, and after the script it takes all.
+struct Scripted(parking_lot::Mutex<(Vec<usize>, Vec<u8>)>);
+
+impl Transport for Scripted {
+    fn try_write(&self, slices: &[std::io::IoSlice<'_>]) -> std::io::Result<usize> {
+        let (script, written) = &mut *self.0.lock();
+        let all: Vec<u8> = slices.iter().flat_map(|slice| slice.iter().copied()).collect();
+        let len = if script.is_empty() { all.len() } else { script.remove(0).min(all.len()) };
+        written.extend(&all[..len]);
+        if len == 0 { Err(std::io::ErrorKind::WouldBlock.into()) } else { Ok(len) }
+    }
+}
+
+/// The socket refuses right after the close that drops the queue: the close frame still follows what was begun.
+#[test]
+fn a_refused_close_frame_is_not_lost() {
+    let limits = Limits { messages: 10, bytes: 1000 };
+    // One byte of the event leaves and the rest is refused; or nothing leaves at all.
+    for (script, expected) in [(vec![1, 0, 0], [0x81, 0x88].as_slice()), (vec![0, 0], &[0x88])] {
+        let outbox: Outbox = Outbox::default();
+        let socket = Scripted(parking_lot::Mutex::new((script, Vec::new())));
+        let mut writer = Writer::default();
+        assert_eq!(outbox.push(&Frame::text("begun"), &limits), Push::Schedule);
+        assert_eq!(outbox.flush(&socket, &mut writer, &limits, 1), Flushed::Blocked);
+        assert_eq!(outbox.push(&Frame::text("dropped"), &limits), Push::Queued);
+        outbox.close(Frame::close(&CloseReason::SlowConsumer), false);
+        assert_eq!(outbox.flush(&socket, &mut writer, &limits, 2), Flushed::Blocked);
+        assert_eq!(outbox.flush(&socket, &mut writer, &limits, 3), Flushed::Finished);
+        let mut rest = socket.0.lock().1.clone();
+        let mut firsts = Vec::new();
+        while !rest.is_empty() {
+            firsts.push(rest[0]);
+            rest.drain(..2 + usize::from(rest[1]));
+        }
+        assert_eq!(firsts, expected);
     }
 }
