@@ -1,6 +1,7 @@
 //! `floor`: the same wire, served by a bare epoll + `send()` loop. Every publication is encoded
 //! once and everything pending goes to each subscriber in one `send`: what the kernel alone costs.
 
+use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::SocketAddr;
 
@@ -19,11 +20,15 @@ pub(crate) struct Options {
     listen: SocketAddr,
 }
 
+/// Event frames by channel.
+type Pending = BTreeMap<String, Vec<u8>>;
+
 struct Peer {
     socket: TcpStream,
     input: Vec<u8>,
     is_upgraded: bool,
-    is_subscriber: bool,
+    /// Channel names, as they were in the request.
+    channels: Vec<String>,
     /// What the socket did not take yet.
     unsent: Vec<u8>,
 }
@@ -38,7 +43,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let mut buffer = vec![0; 1 << 20];
     loop {
         poll.poll(&mut events, None)?;
-        let mut pending = Vec::new();
+        let mut pending = Pending::new();
         for event in &events {
             if event.token() == LISTENER {
                 accept(&listener, &poll, &mut peers)?;
@@ -53,9 +58,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
                 *slot = None;
             }
         }
-        if !pending.is_empty() {
-            for peer in peers.iter_mut().flatten().filter(|peer| peer.is_subscriber) {
-                peer.send(&pending);
+        for (channel, frames) in &pending {
+            for peer in peers.iter_mut().flatten().filter(|peer| peer.channels.contains(channel)) {
+                peer.send(frames);
             }
         }
     }
@@ -66,7 +71,7 @@ fn accept(listener: &TcpListener, poll: &Poll, peers: &mut Vec<Option<Peer>>) ->
         socket.set_nodelay(true)?;
         let index = peers.iter().position(Option::is_none).filter(|_| peers.len() > 30_000).unwrap_or(peers.len());
         poll.registry().register(&mut socket, Token(index), Interest::READABLE | Interest::WRITABLE)?;
-        let peer = Peer { socket, input: Vec::new(), is_upgraded: false, is_subscriber: false, unsent: Vec::new() };
+        let peer = Peer { socket, input: Vec::new(), is_upgraded: false, channels: Vec::new(), unsent: Vec::new() };
         if index == peers.len() {
             peers.push(Some(peer));
         } else {
@@ -78,7 +83,7 @@ fn accept(listener: &TcpListener, poll: &Poll, peers: &mut Vec<Option<Peer>>) ->
 
 impl Peer {
     /// Reads what is there and adds the event frames of complete publishes to `pending`. False: the peer is gone.
-    fn read(&mut self, buffer: &mut [u8], pending: &mut Vec<u8>) -> bool {
+    fn read(&mut self, buffer: &mut [u8], pending: &mut Pending) -> bool {
         loop {
             match self.socket.read(buffer) {
                 Ok(0) => return false,
@@ -93,9 +98,10 @@ impl Peer {
         let mut rest = self.input.as_slice();
         while let Some((_, command, after)) = wire::split_frame(rest) {
             rest = after;
-            let data = command.windows(7).position(|window| window == br#""data":"#);
-            if let Some(data) = data.and_then(|at| command.get(at + 7..command.len() - 1)) {
-                pending.extend(wire::frame(&[wire::EVENT_HEAD.as_bytes(), data, b"}"].concat(), false));
+            if let Some((channel, data)) = publish_command(command) {
+                let event =
+                    [br#"{"type":"event","channel":""#, channel.as_bytes(), br#"","data":"#, data, b"}"].concat();
+                pending.entry(channel.to_owned()).or_default().extend(wire::frame(&event, false));
             }
         }
         let used = self.input.len() - rest.len();
@@ -105,13 +111,17 @@ impl Peer {
 
     fn upgrade(&mut self) {
         let Some(end) = self.input.windows(4).position(|window| window == b"\r\n\r\n") else { return };
-        self.is_subscriber = self.input[..end].windows(9).any(|window| window == b"channels=");
+        let head = String::from_utf8_lossy(&self.input[..end]);
+        let query = head.split_once("channels=").and_then(|(_, rest)| rest.split_once(' '));
+        self.channels = query.map_or(Vec::new(), |(names, _)| names.split(',').map(str::to_owned).collect());
         self.input.drain(..end + 4);
         self.is_upgraded = true;
         let mut answer =
             b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n".to_vec();
         answer.extend(wire::frame(br#"{"type":"welcome"}"#, false));
-        answer.extend(wire::frame(br#"{"type":"subscribed","channel":"load"}"#, false));
+        for channel in &self.channels {
+            answer.extend(wire::frame(format!(r#"{{"type":"subscribed","channel":"{channel}"}}"#).as_bytes(), false));
+        }
         self.send(&answer);
     }
 
@@ -134,4 +144,12 @@ impl Peer {
         }
         self.unsent.extend(bytes);
     }
+}
+
+/// The channel and the data of a publish command, where the generator puts them.
+fn publish_command(command: &[u8]) -> Option<(&str, &[u8])> {
+    let rest = command.strip_prefix(br#"{"type":"publish","channel":""#)?;
+    let (channel, rest) = rest.split_at_checked(wire::CHANNEL_BYTES)?;
+    let data = rest.strip_prefix(br#"","data":"#)?.strip_suffix(b"}")?;
+    Some((std::str::from_utf8(channel).ok()?, data))
 }

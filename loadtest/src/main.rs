@@ -1,11 +1,33 @@
 //! Load generator for Hubcast: what a gateway does on *this* machine, next to what the kernel alone costs.
+//!
+//! One event loop ([`world`]) carries subscribers ([`swarm`]), publishers ([`publisher`]) and, for some
+//! commands, a companion that disturbs them. Each command is one file.
 
 #![allow(clippy::print_stdout, reason = "a report on the terminal is what this program is for")]
 
-mod cpu;
+mod alarm;
+mod axis;
+mod capacity;
+mod chart;
+mod children;
+mod churn;
 mod fanout;
 mod floor;
+mod html;
+mod idle;
+mod machine;
+mod number;
+mod options;
+mod panels;
+mod publisher;
+mod report;
+mod slow;
+mod storm;
+mod summary;
+mod swarm;
+mod tally;
 mod wire;
+mod world;
 
 use clap::{Parser, Subcommand};
 
@@ -20,13 +42,31 @@ struct Options {
 enum Command {
     /// Connect subscribers, publish, and report deliveries and latency
     Fanout(fanout::Options),
+    /// Connect and wait: memory and CPU of idle connections, connect rate
+    Idle(idle::Options),
+    /// Drop all connections at once and let them come back
+    Storm(storm::Options),
+    /// Subscribe and unsubscribe under load
+    Churn(churn::Options),
+    /// Let some subscribers stall or trickle
+    Slow(slow::Options),
+    /// Find the highest rate that holds
+    Capacity(capacity::Options),
     /// Serve the same wire with a bare send() loop, to compare with
     Floor(floor::Options),
+    #[command(name = children::SUBCOMMAND, hide = true)]
+    SubscriberProcess,
 }
 
 fn main() -> anyhow::Result<()> {
     match Options::parse().command {
         Command::Fanout(options) => fanout::run(&options),
+        Command::Idle(options) => idle::run(&options),
+        Command::Storm(options) => storm::run(&options),
+        Command::Churn(options) => churn::run(&options),
+        Command::Slow(options) => slow::run(&options),
+        Command::Capacity(options) => capacity::run(&options),
         Command::Floor(options) => floor::run(&options),
+        Command::SubscriberProcess => children::run(),
     }
 }

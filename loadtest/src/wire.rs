@@ -1,45 +1,83 @@
 //! The least of WebSocket that a load generator needs: cheaper than any server it measures.
+//!
+//! Every publication carries its sequence number in its channel and the time at which it was due, so any
+//! process on this machine can check order and latency from the bytes alone.
 
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+/// What precedes the channel's number in an event frame's payload.
+const EVENT_HEAD: &[u8] = br#"{"type":"event","channel":"load-"#;
 
-use anyhow::{Context as _, bail};
+/// Digits of a channel number, a sequence number and a time: fixed, so that nothing has to be searched.
+const CHANNEL_DIGITS: usize = 6;
+const SEQUENCE_DIGITS: usize = 10;
+const DUE_DIGITS: usize = 15;
 
-/// The channel of all measurements.
-pub(crate) const CHANNEL: &str = "load";
+/// The length of a channel's name.
+pub(crate) const CHANNEL_BYTES: usize = "load-".len() + CHANNEL_DIGITS;
 
-/// What precedes a publication's data in an event frame's payload.
-pub(crate) const EVENT_HEAD: &str = r#"{"type":"event","channel":"load","data":"#;
+/// What precedes the sequence number, and what comes between it and the time.
+const DATA_HEAD: &[u8] = br#""data":{"s":""#;
+const DUE_HEAD: &[u8] = br#"","t":""#;
 
-/// Digits of the sequence number, which is the first thing in the data: `{"s":"0000000042",…`.
-const SEQUENCE: std::ops::Range<usize> = EVENT_HEAD.len() + 6..EVENT_HEAD.len() + 16;
+/// The least data that carries a publication's numbers.
+pub(crate) const PAYLOAD_BYTES_MIN: usize = 56;
 
-/// Data of exactly `len` bytes (at least 30) that carries a sequence number.
-pub(crate) fn data(sequence: u64, len: usize) -> String {
-    let mut data = format!(r#"{{"s":"{sequence:010}","p":""#);
+/// The name of channel `index`.
+pub(crate) fn channel(index: usize) -> String {
+    format!("load-{index:06}")
+}
+
+/// Data of exactly `len` bytes (at least [`PAYLOAD_BYTES_MIN`]).
+pub(crate) fn data(sequence: u64, due_us: u64, len: usize) -> String {
+    let mut data = format!(r#"{{"s":"{sequence:010}","t":"{due_us:015}","p":""#);
     data.extend(std::iter::repeat_n('x', len.saturating_sub(data.len() + 2)));
     data.push_str("\"}");
     data
 }
 
-/// The sequence number of an event's payload, if it is one of ours.
-pub(crate) fn sequence(payload: &[u8]) -> Option<u64> {
-    if !payload.starts_with(EVENT_HEAD.as_bytes()) {
-        return None;
+/// What a delivered event says about itself.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Event {
+    pub channel: usize,
+    pub sequence: u64,
+    pub due_us: u64,
+}
+
+/// Reads an event frame's payload; none if it is another frame, or not one of ours.
+pub(crate) fn event(payload: &[u8]) -> Option<Event> {
+    let rest = payload.strip_prefix(EVENT_HEAD)?;
+    let (channel, rest) = rest.split_at_checked(CHANNEL_DIGITS)?;
+    let rest = match rest.strip_prefix(b"\",").and_then(|rest| rest.strip_prefix(DATA_HEAD)) {
+        Some(rest) => rest,
+        // With history on, a cursor stands in between.
+        None => &rest[rest.windows(DATA_HEAD.len()).position(|window| window == DATA_HEAD)? + DATA_HEAD.len()..],
+    };
+    let (sequence, rest) = rest.split_at_checked(SEQUENCE_DIGITS)?;
+    let (due, _) = rest.strip_prefix(DUE_HEAD)?.split_at_checked(DUE_DIGITS)?;
+    Some(Event { channel: number(channel)? as usize, sequence: number(sequence)?, due_us: number(due)? })
+}
+
+fn number(digits: &[u8]) -> Option<u64> {
+    let mut number = 0;
+    for digit in digits {
+        let digit = digit.wrapping_sub(b'0');
+        if digit > 9 {
+            return None;
+        }
+        number = number * 10 + u64::from(digit);
     }
-    payload.get(SEQUENCE)?.iter().try_fold(0, |number, digit| Some(number * 10 + u64::from(digit.checked_sub(b'0')?)))
+    Some(number)
 }
 
-/// A publish command as a masked frame; the mask is zero, which RFC 6455 allows and costs nothing.
-pub(crate) fn publish(sequence: u64, len: usize) -> Vec<u8> {
-    let command = format!(r#"{{"type":"publish","channel":"{CHANNEL}","data":{}}}"#, data(sequence, len));
-    frame(command.as_bytes(), true)
-}
-
-/// A text frame.
+/// A text frame. The mask is zero, which RFC 6455 allows and costs nothing.
 pub(crate) fn frame(payload: &[u8], is_masked: bool) -> Vec<u8> {
+    frame_of(0x81, payload, is_masked)
+}
+
+/// A frame that begins with `first`.
+pub(crate) fn frame_of(first: u8, payload: &[u8], is_masked: bool) -> Vec<u8> {
     let mask_bit = if is_masked { 0x80 } else { 0 };
-    let mut frame = vec![0x81];
+    let mut frame = Vec::with_capacity(payload.len() + 14);
+    frame.push(first);
     match payload.len() {
         len @ 0..=125 => frame.push(mask_bit | len as u8),
         len @ 126..=0xFFFF => {
@@ -71,24 +109,18 @@ pub(crate) fn split_frame(bytes: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     Some((first, payload, rest))
 }
 
-/// Connects, upgrades and waits until `expected` (part of a frame) has arrived; returns the socket, non-blocking.
-pub(crate) fn connect(addr: SocketAddr, path: &str, expected: &str) -> anyhow::Result<TcpStream> {
-    let mut socket = TcpStream::connect(addr).with_context(|| format!("cannot connect to {addr}"))?;
-    socket.set_nodelay(true)?;
-    write!(
-        socket,
-        "GET {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+/// The head of a request that upgrades.
+pub(crate) fn upgrade(host: &str, path: &str) -> Vec<u8> {
+    format!(
+        "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
          Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    )?;
-    let mut seen = Vec::new();
-    let mut buffer = [0; 2048];
-    while !seen.windows(expected.len()).any(|window| window == expected.as_bytes()) {
-        let len = socket.read(&mut buffer)?;
-        if len == 0 {
-            bail!("refused: {}", String::from_utf8_lossy(&seen).lines().next().unwrap_or_default());
-        }
-        seen.extend(&buffer[..len]);
-    }
-    socket.set_nonblocking(true)?;
-    Ok(socket)
+    )
+    .into_bytes()
+}
+
+/// Splits an HTTP head off: its status, the rest. None: it is not complete.
+pub(crate) fn split_head(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
+    let end = bytes.windows(4).position(|window| window == b"\r\n\r\n")?;
+    let status = bytes.get(9..12).and_then(number).unwrap_or(0) as u16;
+    Some((status, &bytes[..end], &bytes[end + 4..]))
 }
