@@ -17,6 +17,7 @@ use hubcast::frame::Frame;
 use hubcast::hub::{Hub, Subscriptions};
 use hubcast::outbox::{Limits, Outbox, Push};
 use hubcast::publication::{Format, Payload, Publication};
+use hubcast::rules::ChannelRules;
 use hubcast::writer::{Transport, Writer};
 
 const LIMITS: Limits = Limits { messages: 1024, bytes: 1 << 20 };
@@ -45,7 +46,7 @@ impl Transport for Sink {
 
 /// A hub with one channel of `number` subscribers.
 fn world(number: usize) -> (Arc<Hub<Bare>>, Vec<Bare>, Vec<Subscriptions<Bare>>) {
-    let hub = Hub::local();
+    let hub = Hub::local(ChannelRules::default());
     let outboxes: Vec<_> = (0..number).map(|_| Bare::default()).collect();
     let subscriptions = outboxes.iter().map(|outbox| {
         let mut subscriptions = Subscriptions::new(Arc::clone(&hub), outbox.clone());

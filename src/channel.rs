@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -35,6 +36,10 @@ pub trait Subscriber: Clone {
 pub struct Fanout<S> {
     /// Subscribers whose write right we took: they must be flushed. Grouped so that channels take turns.
     pub jobs: Vec<Vec<S>>,
+    /// The same of channels that coalesce: to be flushed when the window is over.
+    pub held: Vec<(Duration, Vec<S>)>,
+    /// How long what is scheduled now is held; zero: not at all.
+    window: Duration,
     /// Subscribers that are behind through no fault of their own: publishing goes on when they have room.
     pub late: Vec<S>,
     /// Slow consumers to be closed.
@@ -48,7 +53,14 @@ const PUSHES_MAX: usize = 32_768;
 
 impl<S> Default for Fanout<S> {
     fn default() -> Self {
-        Self { jobs: Vec::new(), late: Vec::new(), slow: Vec::new(), pushed: 0 }
+        Self {
+            jobs: Vec::new(),
+            held: Vec::new(),
+            window: Duration::ZERO,
+            late: Vec::new(),
+            slow: Vec::new(),
+            pushed: 0,
+        }
     }
 }
 
@@ -89,9 +101,19 @@ impl<S: Subscriber> Fanout<S> {
 
     /// Has a subscriber flushed whose write right the caller took.
     pub fn schedule(&mut self, subscriber: S) {
+        if !self.window.is_zero() {
+            return self.hold(subscriber);
+        }
         match self.jobs.last_mut() {
             Some(job) => job.push(subscriber),
             None => self.jobs.push(vec![subscriber]),
+        }
+    }
+
+    fn hold(&mut self, subscriber: S) {
+        match self.held.last_mut() {
+            Some((window, job)) if *window == self.window => job.push(subscriber),
+            _ => self.held.push((self.window, vec![subscriber])),
         }
     }
 
@@ -107,6 +129,8 @@ impl<S: Subscriber> Fanout<S> {
 #[derive(Debug)]
 pub struct Channel<S> {
     name: Arc<str>,
+    /// Publications within this time leave in one write; zero: each at once.
+    coalesce: Duration,
     state: Mutex<State<S>>,
     /// The channel waits in the hub's list of changed ones.
     pub(crate) is_listed: AtomicBool,
@@ -155,7 +179,7 @@ pub(crate) enum Join {
 }
 
 impl<S: Subscriber> Channel<S> {
-    pub(crate) fn new(name: &str, upstream: Upstream) -> Self {
+    pub(crate) fn new(name: &str, upstream: Upstream, coalesce: Duration) -> Self {
         let state = State {
             members: Members::default(),
             pending: Members::default(),
@@ -164,7 +188,7 @@ impl<S: Subscriber> Channel<S> {
             owes_gap: false,
             is_removed: false,
         };
-        Self { name: name.into(), state: Mutex::new(state), is_listed: AtomicBool::new(false) }
+        Self { name: name.into(), coalesce, state: Mutex::new(state), is_listed: AtomicBool::new(false) }
     }
 
     /// The channel's name.
@@ -192,8 +216,12 @@ impl<S: Subscriber> Channel<S> {
     /// Pushes the publication to every member, in one go; returns how many took it.
     pub fn publish(&self, publication: &Publication<'_>, fanout: &mut Fanout<S>) -> usize {
         fanout.next_channel();
+        fanout.window = self.coalesce;
         let state = self.state.lock();
-        state.members.iter().filter(|member| fanout.push(member, publication.frame(member.format()))).count()
+        let count =
+            state.members.iter().filter(|member| fanout.push(member, publication.frame(member.format()))).count();
+        fanout.window = Duration::ZERO;
+        count
     }
 
     /// Joins now if the channel is live (`reply` goes first), or as soon as it is.

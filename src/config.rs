@@ -15,7 +15,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 
 use crate::outbox;
-use crate::rules::ChannelRules;
+use crate::rules::{COALESCE_ALLOWED, ChannelRules, parse_coalesce};
 
 /// A variable, as `--help`, the README and the parser see it.
 #[derive(Debug)]
@@ -88,7 +88,12 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "HUBCAST_CHANNEL_RULES",
         "",
-        "JSON list of rules, first match wins: {\"match\":\"chat:*\",\"client_publish\":true,\"slow\":\"close\"}. Without any, clients may publish everywhere.",
+        "JSON list of rules, first match wins: {\"match\":\"chat:*\",\"client_publish\":true,\"slow\":\"close\",\"coalesce\":\"5ms\"}. Without any, clients may publish everywhere.",
+    ),
+    variable(
+        "HUBCAST_COALESCE",
+        "0s",
+        "How long publications wait, up to 100ms, to leave in one write; a rule's \"coalesce\" goes before it. Off: latency is the promise.",
     ),
     variable("HUBCAST_LOG", "info", "Log filter: a level, or directives such as hubcast=debug."),
     variable("HUBCAST_LOG_FORMAT", "text", "text or json."),
@@ -142,7 +147,7 @@ pub struct Config {
     pub subscriptions_max: usize,
     /// `HUBCAST_DRAIN_TIME`
     pub drain_time: Duration,
-    /// `HUBCAST_CHANNEL_RULES`
+    /// `HUBCAST_CHANNEL_RULES` and `HUBCAST_COALESCE`
     pub channel_rules: ChannelRules,
     /// `HUBCAST_LOG`
     pub log: String,
@@ -266,6 +271,7 @@ impl Config {
                     "HUBCAST_SUBSCRIPTIONS_MAX" => self.subscriptions_max.to_string(),
                     "HUBCAST_DRAIN_TIME" => time(self.drain_time),
                     "HUBCAST_CHANNEL_RULES" => self.channel_rules.to_string(),
+                    "HUBCAST_COALESCE" => time(self.channel_rules.coalesce_default()),
                     "HUBCAST_LOG" => self.log.clone(),
                     "HUBCAST_LOG_FORMAT" => if self.log_json { "json" } else { "text" }.to_owned(),
                     _ => String::new(),
@@ -334,13 +340,11 @@ impl Values {
 
     fn channel_rules(&self) -> Result<ChannelRules, ConfigError> {
         let text = self.text("HUBCAST_CHANNEL_RULES");
-        if text.is_empty() {
-            return Ok(ChannelRules::default());
-        }
-        ChannelRules::parse(&text).map_err(|error| {
+        let rules = ChannelRules::parse(&text).map_err(|error| {
             let allowed = r#"a list such as [{"match":"chat:*","client_publish":true,"slow":"close"}]"#;
             ConfigError(format!("HUBCAST_CHANNEL_RULES={text}: {error}; allowed is {allowed}"))
-        })
+        })?;
+        Ok(rules.with_coalesce(self.get("HUBCAST_COALESCE", COALESCE_ALLOWED, parse_coalesce)?))
     }
 }
 

@@ -27,7 +27,7 @@ pub struct Shared {
     /// Bounds of every outbox.
     pub outbox: outbox::Limits,
     /// Who flushes.
-    pub lanes: Lanes,
+    pub lanes: Arc<Lanes>,
     /// The metrics.
     pub metrics: Metrics,
     /// All open connections.

@@ -84,10 +84,13 @@ impl Gateway {
         let redis = config.redis_url.as_deref().map(redis_link::client).transpose()?;
         let (publisher, jobs) = Publisher::new(config.publish_timeout);
         let broker = Arc::new(Broker {
-            hub: if redis.is_some() { Hub::with_upstream() } else { Hub::local() },
+            hub: match redis {
+                Some(_) => Hub::with_upstream(config.channel_rules.clone()),
+                None => Hub::local(config.channel_rules.clone()),
+            },
             shared: Arc::new(Shared {
                 outbox: config.outbox,
-                lanes: Lanes::new(config.worker_threads),
+                lanes: Arc::new(Lanes::new(config.worker_threads)),
                 metrics: Metrics::default(),
                 connections: Default::default(),
                 instance_id: format!("{:016x}", rand::random::<u64>()).into(),

@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 use crate::channel::{Channel, Fanout, Join, Subscriber, Ticket};
 use crate::frame::Frame;
 use crate::publication::Publication;
+use crate::rules::ChannelRules;
 use crate::upstream::Upstream;
 
 /// Shards of the channel map: 128 bytes each, and enough that 64 cores seldom meet.
@@ -23,6 +24,7 @@ const SHARDS: usize = 256;
 #[derive(Debug)]
 pub struct Hub<S> {
     channels: DashMap<Arc<str>, Arc<Channel<S>>, foldhash::quality::RandomState>,
+    rules: ChannelRules,
     upstream: Option<Changes<S>>,
 }
 
@@ -36,18 +38,18 @@ pub struct Changes<S> {
 
 impl<S: Subscriber> Hub<S> {
     /// A hub without Redis: every channel is live at once.
-    pub fn local() -> Arc<Self> {
-        Self::new(None)
+    pub fn local(rules: ChannelRules) -> Arc<Self> {
+        Self::new(rules, None)
     }
 
     /// A hub whose channels become live when the multiplexer confirms them.
-    pub fn with_upstream() -> Arc<Self> {
-        Self::new(Some(Changes { list: Mutex::new(Vec::new()), notify: Notify::new() }))
+    pub fn with_upstream(rules: ChannelRules) -> Arc<Self> {
+        Self::new(rules, Some(Changes { list: Mutex::new(Vec::new()), notify: Notify::new() }))
     }
 
-    fn new(upstream: Option<Changes<S>>) -> Arc<Self> {
+    fn new(rules: ChannelRules, upstream: Option<Changes<S>>) -> Arc<Self> {
         let channels = DashMap::with_hasher_and_shard_amount(foldhash::quality::RandomState::default(), SHARDS);
-        Arc::new(Self { channels, upstream })
+        Arc::new(Self { channels, rules, upstream })
     }
 
     /// Pushes a publication to every subscriber of its channel; returns how many took it.
@@ -180,7 +182,7 @@ impl<S: Subscriber> Hub<S> {
 
     fn create(&self, name: &str) -> Arc<Channel<S>> {
         let upstream = if self.upstream.is_some() { Upstream::Absent } else { Upstream::Live };
-        let channel = Arc::new(Channel::new(name, upstream));
+        let channel = Arc::new(Channel::new(name, upstream, self.rules.coalesce(name)));
         let key = channel.shared_name();
         Arc::clone(&self.channels.entry(key).or_insert(channel))
     }

@@ -5,6 +5,9 @@
 //! between jobs and yields to the runtime in between, so a channel with 15,000 subscribers does not
 //! hold up a small one, and what is published meanwhile leaves in the same writes.
 //! The queue needs no bound of its own: an outbox is in at most one job.
+//!
+//! A channel that coalesces has its outboxes wait for the window's end before they reach a lane. Whatever else
+//! is queued for such a connection (replies, pings, other channels) leaves at that moment too.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -60,12 +63,20 @@ impl Lanes {
 
     /// Closes the slow consumers of a fan-out, hands its jobs to the lanes, and returns the connections
     /// that were late: the caller publishes no more until [`Lanes::room`] returns.
-    pub fn submit(&self, fanout: &mut Fanout<Arc<Connection>>) -> Vec<Arc<Connection>> {
+    pub fn submit(self: &Arc<Self>, fanout: &mut Fanout<Arc<Connection>>) -> Vec<Arc<Connection>> {
         for connection in fanout.slow.drain(..) {
             connection.close(CloseReason::SlowConsumer);
         }
         for job in fanout.jobs.drain(..) {
             self.submit_job(job);
+        }
+        for (window, job) in fanout.held.drain(..) {
+            // One timer for each window and channel; what is published meanwhile finds its outboxes scheduled.
+            let lanes = Arc::clone(self);
+            tokio::spawn(async move {
+                tokio::time::sleep(window).await;
+                lanes.submit_job(job);
+            });
         }
         fanout.paused();
         std::mem::take(&mut fanout.late)

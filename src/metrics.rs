@@ -119,6 +119,8 @@ pub struct Metrics {
     pub deliveries: Count,
     /// Frames written to sockets.
     pub frames_sent: Count,
+    /// Writes that sockets took.
+    pub writes: Count,
     /// Bytes written to WebSocket connections.
     pub bytes_sent: Count,
     /// Bytes read from WebSocket connections.
@@ -177,6 +179,7 @@ impl Default for Metrics {
             ),
             deliveries: register(r, "deliveries", "Publications put into outboxes"),
             frames_sent: register(r, "frames_sent", "Frames written to sockets"),
+            writes: register(r, "writes", "System calls that wrote them"),
             bytes_sent: register(r, "bytes_sent", "Bytes written to WebSocket connections"),
             bytes_received: register(r, "bytes_received", "Bytes read from WebSocket connections"),
             dropped: labelled(
@@ -234,6 +237,7 @@ impl Metrics {
     /// Counts what a writer sent and resets it. The latency of its last batch is one sample.
     pub fn flushed(&self, writer: &mut Writer) {
         if writer.frames_sent > 0 {
+            self.writes.inc_by(std::mem::take(&mut writer.writes));
             self.frames_sent.inc_by(std::mem::take(&mut writer.frames_sent));
             self.bytes_sent.inc_by(std::mem::take(&mut writer.bytes_sent));
             let latency_us = clock::now_us().saturating_sub(writer.oldest_us);

@@ -1,6 +1,8 @@
 //! Channel rules: what holds for a channel, by its name (`HUBCAST_CHANNEL_RULES`).
 
-use serde::Deserialize;
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, de::Error as _};
 
 /// The rules in order; the first match wins.
 #[derive(Clone, Debug, Default)]
@@ -8,6 +10,8 @@ pub struct ChannelRules {
     rules: Vec<ChannelRule>,
     /// As it was given.
     json: String,
+    /// For channels whose rule does not say (`HUBCAST_COALESCE`).
+    coalesce: Duration,
 }
 
 impl std::fmt::Display for ChannelRules {
@@ -26,6 +30,8 @@ struct ChannelRule {
     client_publish: bool,
     #[serde(default)]
     slow: SlowPolicy,
+    #[serde(default, deserialize_with = "coalesce")]
+    coalesce: Option<Duration>,
 }
 
 /// What happens to a slow consumer of the channel.
@@ -37,12 +43,34 @@ enum SlowPolicy {
     Close,
 }
 
+/// The longest window that makes sense: beyond it people notice, and one who waits has better means.
+pub const COALESCE_MAX: Duration = Duration::from_millis(100);
+
+/// Reads a window, if it is allowed.
+pub fn parse_coalesce(text: &str) -> Option<Duration> {
+    humantime::parse_duration(text).ok().filter(|window| *window <= COALESCE_MAX)
+}
+
+/// What a window may be, for a person.
+pub const COALESCE_ALLOWED: &str = "a duration from 0ms to 100ms such as 5ms";
+
+fn coalesce<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    match parse_coalesce(&text) {
+        Some(window) => Ok(Some(window)),
+        None => Err(D::Error::custom(format!("coalesce {text:?} is not {COALESCE_ALLOWED}"))),
+    }
+}
+
 impl ChannelRules {
     /// Reads the JSON list.
     ///
     /// # Errors
     /// What is wrong with it, for a person.
     pub fn parse(json: &str) -> Result<Self, String> {
+        if json.is_empty() {
+            return Ok(Self::default());
+        }
         let rules: Vec<ChannelRule> = serde_json::from_str(json).map_err(|error| error.to_string())?;
         for rule in &rules {
             let name = rule.pattern.strip_suffix('*').unwrap_or(&rule.pattern);
@@ -52,7 +80,24 @@ impl ChannelRules {
             // The only policy so far; named so that a rule can say it.
             let SlowPolicy::Close = rule.slow;
         }
-        Ok(Self { rules, json: json.to_owned() })
+        Ok(Self { rules, json: json.to_owned(), coalesce: Duration::ZERO })
+    }
+
+    /// Sets what holds for channels whose rule names no window.
+    #[must_use]
+    pub fn with_coalesce(mut self, window: Duration) -> Self {
+        self.coalesce = window;
+        self
+    }
+
+    /// The window of channels whose rule names none.
+    pub fn coalesce_default(&self) -> Duration {
+        self.coalesce
+    }
+
+    /// How long publications of the channel wait for others to share a write; zero: not at all.
+    pub fn coalesce(&self, channel: &str) -> Duration {
+        self.rules.iter().find(|rule| rule.matches(channel)).and_then(|rule| rule.coalesce).unwrap_or(self.coalesce)
     }
 
     /// Whether clients may publish to the channel: as its rule says; without any rules, yes.

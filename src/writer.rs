@@ -31,6 +31,8 @@ pub struct Writer {
     pub frames_sent: u64,
     /// Bytes written since the owner last reset it.
     pub bytes_sent: u64,
+    /// Writes that the socket took since the owner last reset it.
+    pub writes: u64,
     /// Frames taken over from an outbox and dropped, by a failing socket or a close that discards, since the owner last reset it.
     pub frames_dropped: u64,
     /// When the first frame of the last batch was made (µs).
@@ -106,6 +108,7 @@ impl Writer {
             match result {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(written) => {
+                    self.writes += 1;
                     self.bytes_sent += written as u64;
                     self.frames_sent += self.batch.advance(written) as u64;
                 }

@@ -156,5 +156,7 @@ fn timeline(run: &Run) -> Vec<Second> {
             own_cpu_percent: sample.map_or(0.0, |sample| sample.own * 100.0),
         }
     };
-    run.tally.intervals.iter().enumerate().map(second).collect()
+    // What trickles in after the schedule's end is no full interval.
+    let full = ((run.seconds / run.interval_s) as usize).max(1);
+    run.tally.intervals.iter().take(full).enumerate().map(second).collect()
 }

@@ -31,6 +31,10 @@ fn bad_values_stop_the_start_with_one_line_that_says_what_is_allowed() {
         ("HUBCAST_CHANNEL_RULES", r#"[{"match":"a","slow":"latest"}]"#, "unknown variant"),
         ("HUBCAST_CHANNEL_RULES", r#"[{"match":"a","history":{}}]"#, "unknown field"),
         ("HUBCAST_CHANNEL_RULES", r#"[{"client_publish":true}]"#, "missing field"),
+        ("HUBCAST_CHANNEL_RULES", r#"[{"match":"a","coalesce":"1s"}]"#, "0ms to 100ms"),
+        ("HUBCAST_CHANNEL_RULES", r#"[{"match":"a","coalesce":5}]"#, "expected a string"),
+        ("HUBCAST_COALESCE", "101ms", "0ms to 100ms"),
+        ("HUBCAST_COALESCE", "5", "0ms to 100ms"),
     ];
     for (name, value, allowed) in cases {
         let error = load(&[(name, value)]).unwrap_err();

@@ -10,6 +10,7 @@ use hubcast::hub::{Hub, Subscriptions};
 use hubcast::members::Members;
 use hubcast::outbox::Push;
 use hubcast::publication::{Format, Payload, Publication};
+use hubcast::rules::ChannelRules;
 use hubcast::upstream::Step;
 use parking_lot::Mutex;
 use proptest::prelude::*;
@@ -83,7 +84,8 @@ fn name(channel: usize) -> String {
 }
 
 fn check(with_redis: bool, ops: &[Op]) {
-    let hub = if with_redis { Hub::with_upstream() } else { Hub::local() };
+    let rules = ChannelRules::default();
+    let hub = if with_redis { Hub::with_upstream(rules) } else { Hub::local(rules) };
     let new_client = || {
         let recorder = Recorder::default();
         (recorder.clone(), Subscriptions::new(Arc::clone(&hub), recorder))

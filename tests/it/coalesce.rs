@@ -1,0 +1,115 @@
+//! Write coalescing: publications of one window leave together, and nothing else changes.
+
+use std::time::Instant;
+
+use hubcast::gateway::Gateway;
+use serde_json::json;
+
+use crate::harness::{Client, await_metric, gateway, metric, publish};
+
+const EVERYWHERE: (&str, &str) = ("HUBCAST_COALESCE", "100ms");
+
+/// Publishes 0, 1, … one after another and waits until all are written; returns how many writes that took.
+async fn writes_for(gateway: &Gateway, channel: &str, publications: usize, subscribers: usize) -> f64 {
+    let frames = metric(gateway, "hubcast_frames_sent_total").await;
+    let writes = metric(gateway, "hubcast_writes_total").await;
+    for n in 0..publications {
+        publish(gateway, channel, n.to_string().as_bytes()).await;
+    }
+    await_metric(gateway, "hubcast_frames_sent_total", frames + (publications * subscribers) as f64).await;
+    metric(gateway, "hubcast_writes_total").await - writes
+}
+
+async fn expect_in_order(client: &mut Client, channel: &str, publications: usize) {
+    for n in 0..publications {
+        client.expect(&json!({"type": "event", "channel": channel, "data": n})).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn publications_of_one_window_leave_in_one_write_each_in_its_own_frame() {
+    let gateway = gateway(&[EVERYWHERE]);
+    let mut clients = Vec::new();
+    for _ in 0..5 {
+        clients.push(Client::subscribed(&gateway, "c").await);
+    }
+    let started = Instant::now();
+    let writes = writes_for(&gateway, "c", 100, clients.len()).await;
+    // One write a subscriber and window; a slow machine needs more windows, not more writes in one.
+    let windows = started.elapsed().as_millis() / 100 + 1;
+    assert!(writes <= (windows * 5) as f64, "{writes} writes in {windows} windows");
+    for client in &mut clients {
+        expect_in_order(client, "c", 100).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rule_of_its_own_goes_before_the_default() {
+    let rules = r#"[{"match":"fast:*","coalesce":"0ms"},{"match":"slow:*","coalesce":"100ms"}]"#;
+    let all = gateway(&[EVERYWHERE, ("HUBCAST_CHANNEL_RULES", rules)]);
+    let some = gateway(&[("HUBCAST_CHANNEL_RULES", rules)]);
+    for (gateway, channel, is_held) in
+        [(&all, "fast:a", false), (&all, "b", true), (&some, "slow:a", true), (&some, "b", false)]
+    {
+        let mut client = Client::subscribed(gateway, channel).await;
+        let mut writes = 0.0;
+        let started = Instant::now();
+        for n in 0..20 {
+            if is_held {
+                writes = writes_for(gateway, channel, 20, 1).await;
+                expect_in_order(&mut client, channel, 20).await;
+                break;
+            }
+            // Each has arrived before the next is published: nothing can share a write.
+            writes += writes_for(gateway, channel, 1, 1).await;
+            client.expect(&json!({"type": "event", "channel": channel, "data": 0})).await;
+            assert_eq!(writes, f64::from(n + 1), "{channel}");
+        }
+        let windows = started.elapsed().as_millis() / 100 + 1;
+        assert!(!is_held || writes <= windows as f64, "{channel}: {writes} writes in {windows} windows");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_burst_above_the_outbox_in_one_window_closes_nobody_and_loses_nothing() {
+    let gateway = gateway(&[EVERYWHERE, ("HUBCAST_OUTBOX_MESSAGES", "16")]);
+    let mut readers = Vec::new();
+    for _ in 0..3 {
+        readers.push(Client::subscribed(&gateway, "c").await);
+    }
+    let mut publisher = Client::connect(&gateway).await;
+    for n in 0..200 {
+        publisher.feed_text(&json!({"type": "publish", "channel": "c", "data": n}).to_string()).await;
+    }
+    publisher.flush().await;
+    for reader in &mut readers {
+        expect_in_order(reader, "c", 200).await;
+    }
+    assert_eq!(metric(&gateway, "hubcast_connections").await, 4.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_waits_for_the_window_at_most_and_keeps_its_place() {
+    let gateway = gateway(&[EVERYWHERE]);
+    let mut client = Client::subscribed(&gateway, "c").await;
+    client.send(&json!({"type": "publish", "channel": "c", "data": 1, "id": 7})).await;
+    client.send(&json!({"type": "ping"})).await;
+    client.expect(&json!({"type": "event", "channel": "c", "data": 1})).await;
+    client.expect(&json!({"type": "published", "id": 7})).await;
+    client.expect(&json!({"type": "pong"})).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_in_the_window_loses_nothing() {
+    let gateway = gateway(&[EVERYWHERE, ("HUBCAST_DRAIN_TIME", "10ms")]);
+    let mut client = Client::subscribed(&gateway, "c").await;
+    publish(&gateway, "c", b"1").await;
+    let draining = tokio::spawn(async move { gateway.drain().await });
+    client.expect(&json!({"type": "event", "channel": "c", "data": 1})).await;
+    assert_eq!(client.json().await["type"], "draining");
+    assert_eq!(client.close_frame().await.0, 1012);
+    client.finish().await;
+    drop(client);
+    let summary = draining.await.unwrap();
+    assert_eq!((summary.closed, summary.cut_off), (1, 0));
+}
