@@ -46,7 +46,7 @@ impl Broker {
         let delivered = self.hub.publish(&Publication::new(channel, payload), fanout);
         metrics.publication(source);
         metrics.deliveries.inc_by(delivered as u64);
-        metrics.fanout.observe((clock::now_us() - started_us) as f64 / 1e6);
+        metrics.fanout.observe_us(clock::now_us() - started_us);
         delivered
     }
 

@@ -250,7 +250,7 @@ impl Connection {
         if self.reason.get().is_some() {
             return;
         }
-        if self.outbox.is_overdue(now_us, liveness.write_timeout_us) {
+        if self.outbox.sweep(now_us, liveness.write_timeout_us) {
             return self.close(CloseReason::SlowConsumer);
         }
         let ping_sent_us = self.ping_sent_us.load(Ordering::Relaxed);

@@ -41,7 +41,8 @@ impl Frame {
     /// Builds an unfragmented frame whose payload is the given parts, one after another.
     pub fn new(opcode: Opcode, parts: &[&[u8]]) -> Arc<Self> {
         let payload_len = parts.iter().map(|part| part.len()).sum();
-        let mut bytes = Vec::with_capacity(payload_len + HEADER_BYTES_MAX);
+        // Exactly: what is spare would cost a second allocation.
+        let mut bytes = Vec::with_capacity(header_len(payload_len) + payload_len);
         push_header(&mut bytes, opcode, payload_len);
         for part in parts {
             bytes.extend_from_slice(part);
@@ -84,8 +85,15 @@ impl Frame {
     }
 }
 
-const HEADER_BYTES_MAX: usize = 10;
 const FIN: u8 = 0x80;
+
+const fn header_len(payload_len: usize) -> usize {
+    match payload_len {
+        0..=CONTROL_PAYLOAD_BYTES_MAX => 2,
+        126..=0xFFFF => 4,
+        _ => 10,
+    }
+}
 
 fn push_header(bytes: &mut Vec<u8>, opcode: Opcode, payload_len: usize) {
     bytes.push(FIN | opcode as u8);

@@ -61,3 +61,4 @@ pub mod upstream;
 
 pub mod clock;
 pub mod metrics;
+pub mod sharded;

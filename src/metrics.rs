@@ -1,53 +1,19 @@
 //! All metrics, one field each, in the Prometheus text format of `prometheus-client`.
 //!
-//! Counters on the message path are spread over cache lines by thread, so cores do not contend;
+//! Counters and histograms on the message path are `sharded`, so cores do not contend;
 //! gauges that would cost something there are computed when they are scraped. No label carries
 //! anything from outside: the number of series is fixed.
 
-use std::cell::Cell;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-
-use crossbeam_utils::CachePadded;
 use prometheus_client::encoding::text::encode;
-use prometheus_client::metrics::counter::{Atomic, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 use crate::clock;
 use crate::close::CloseReason;
+use crate::sharded::{Count, Histogram};
 use crate::writer::Writer;
-
-/// A counter that many threads can count on at once.
-pub type Count = Counter<u64, Sharded>;
-
-const SHARDS: usize = 16;
-
-/// An atomic number in as many parts as threads are likely to meet.
-#[derive(Debug, Default)]
-pub struct Sharded([CachePadded<AtomicU64>; SHARDS]);
-
-static NEXT_SHARD: AtomicUsize = AtomicUsize::new(0);
-
-thread_local! {
-    static SHARD: Cell<usize> = Cell::new(NEXT_SHARD.fetch_add(1, Ordering::Relaxed) % SHARDS);
-}
-
-impl Atomic<u64> for Sharded {
-    fn inc(&self) -> u64 {
-        self.inc_by(1)
-    }
-
-    fn inc_by(&self, by: u64) -> u64 {
-        self.0[SHARD.get()].fetch_add(by, Ordering::Relaxed)
-    }
-
-    fn get(&self) -> u64 {
-        self.0.iter().map(|part| part.load(Ordering::Relaxed)).sum()
-    }
-}
 
 /// Where a publication came from.
 #[derive(Clone, Copy, Debug)]
@@ -191,8 +157,8 @@ impl Default for Metrics {
             ),
             outbox_frames: register(r, "outbox_frames", "Frames that wait in outboxes"),
             outbox_bytes: register(r, "outbox_bytes", "Bytes that wait in outboxes"),
-            fanout: histogram(r, "fanout_duration_seconds", "Time to push one publication into all its outboxes"),
-            publish_to_socket: histogram(
+            fanout: register(r, "fanout_duration_seconds", "Time to push one publication into all its outboxes"),
+            publish_to_socket: register(
                 r,
                 "publish_to_socket_seconds",
                 "Time from encoding a frame until a slice of sockets had it, one sample a slice",
@@ -241,7 +207,7 @@ impl Metrics {
             self.frames_sent.inc_by(std::mem::take(&mut writer.frames_sent));
             self.bytes_sent.inc_by(std::mem::take(&mut writer.bytes_sent));
             let latency_us = clock::now_us().saturating_sub(writer.oldest_us);
-            self.publish_to_socket.observe(latency_us as f64 / 1e6);
+            self.publish_to_socket.observe_us(latency_us);
         }
         if writer.frames_dropped > 0 {
             self.dropped(Drop::ConnectionLost, std::mem::take(&mut writer.frames_dropped) as usize);
@@ -293,11 +259,4 @@ fn links(registry: &mut Registry) -> [Gauge; 2] {
     let family = Family::<Labels, Gauge>::default();
     registry.register("redis_link_up", "Whether the Redis connection is up", family.clone());
     ["subscribe", "publish"].map(|link| family.get_or_create_owned(&[("link", link)]))
-}
-
-/// 1 µs to 8.4 s in steps of 2.
-fn histogram(registry: &mut Registry, name: &str, help: &str) -> Histogram {
-    let histogram = Histogram::new(exponential_buckets(1e-6, 2.0, 24));
-    registry.register(name, help, histogram.clone());
-    histogram
 }

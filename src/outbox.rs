@@ -33,7 +33,7 @@ const HOLD_FORGIVEN_US: u64 = 60_000_000;
 /// Pongs that can wait; beyond it the newest replaces the last (RFC 6455 §5.5.3 allows to answer only that).
 const PONGS_MAX: usize = 16;
 
-/// An empty queue keeps at most this capacity, so that a burst leaves no memory behind.
+/// A queue keeps at most this capacity once bursts have ended, so that they leave no memory behind.
 const IDLE_CAPACITY_MAX: usize = 32;
 
 /// A short critical section. Production uses [`Mutex`]; the model test explores every interleaving with loom's.
@@ -179,10 +179,14 @@ impl<L: Lock<State>> Outbox<L> {
         self.state.with(|state| state.is_closing() || state.is_at_most_half(limits))
     }
 
-    /// Whether the peer has been too slow at `now_us`: the oldest unsent frame is older than `age_us_max`,
-    /// or the outbox stayed full. Both count from when the socket began to refuse.
-    pub fn is_overdue(&self, now_us: u64, age_us_max: u64) -> bool {
-        self.state.with(|state| state.is_overdue(now_us, age_us_max))
+    /// One look of the sweep: gives back what a burst before the last look needed, and says whether the
+    /// peer has been too slow at `now_us`: the oldest unsent frame is older than `age_us_max`, or the
+    /// outbox stayed full. Both count from when the socket began to refuse.
+    pub fn sweep(&self, now_us: u64, age_us_max: u64) -> bool {
+        self.state.with(|state| {
+            state.trim();
+            state.is_overdue(now_us, age_us_max)
+        })
     }
 
     /// Frames and bytes that wait.
@@ -204,6 +208,8 @@ pub struct State {
     closing: bool,
     /// Closing, and only the frame that was begun may precede the close frame.
     discarding: bool,
+    /// More than [`IDLE_CAPACITY_MAX`] frames waited since the last sweep: the next burst may do so too.
+    was_deep: bool,
     /// Control frames that wait for a frame border; absent while there are none.
     slots: Option<Box<Slots>>,
     /// First refusal since the outbox was last empty (0: none).
@@ -232,6 +238,7 @@ impl Default for State {
             phase: Phase::Idle,
             closing: false,
             discarding: false,
+            was_deep: false,
             slots: None,
             refused_us: 0,
             progress_us: 0,
@@ -320,10 +327,10 @@ impl State {
         if self.queue.is_empty() && self.slots.is_none() {
             self.refused_us = 0;
             self.release(now_us);
-            self.queue.shrink_to(IDLE_CAPACITY_MAX);
             self.phase = if self.closing { Phase::Finished } else { Phase::Idle };
             return Some(if self.closing { Flushed::Finished } else { Flushed::Idle });
         }
+        self.was_deep |= self.queue.len() > IDLE_CAPACITY_MAX;
         batch.clear();
         batch.has_close = self.closing;
         batch.head_sent = std::mem::take(&mut self.head_sent);
@@ -371,6 +378,13 @@ impl State {
         batch.clear();
         self.phase = Phase::Blocked;
         (Flushed::Blocked, unsent - kept)
+    }
+
+    /// Not whenever the queue empties: bursts that follow each other would allocate at every one.
+    fn trim(&mut self) {
+        if !std::mem::take(&mut self.was_deep) && self.queue.is_empty() {
+            self.queue.shrink_to(IDLE_CAPACITY_MAX);
+        }
     }
 
     fn fail(&mut self) -> usize {

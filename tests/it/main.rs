@@ -17,6 +17,7 @@ mod config;
 mod drain;
 mod hub_model;
 mod limits;
+mod metrics;
 mod outbox_model;
 mod protocol;
 mod redis;
