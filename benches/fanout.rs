@@ -1,132 +1,124 @@
-//! What the gateway itself does for a publication, without sockets.
+//! What the gateway itself does for a publication and for a subscription, without sockets.
 //!
-//! `fanout`: channel lookup, encoding once, the walk and the pushes into N outboxes that then wait.
-//! `drain`: taking what N outboxes hold, as flushers do, into a transport that accepts everything.
-//! `churn`: one subscribe and unsubscribe while a second thread does the same on the same channel.
-//! Left out everywhere: system calls, task switches and everything behind `send`.
+//! Left out everywhere: system calls, task switches, metrics, and everything behind `send`.
+//! `benches/README.md` has the table.
 
-use std::hint::black_box;
-use std::io::{self, IoSlice};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use hubcast::channel::{Fanout, Subscriber};
 use hubcast::event;
 use hubcast::frame::Frame;
 use hubcast::hub::{Hub, Subscriptions};
-use hubcast::outbox::{Limits, Outbox, Push};
-use hubcast::publication::{Format, Payload, Publication};
-use hubcast::rules::ChannelRules;
-use hubcast::writer::{Transport, Writer};
+use hubcast::publication::{Payload, Publication};
+use hubcast::writer::Writer;
+use world::{Bare, CHANNEL, World, data};
 
-const LIMITS: Limits = Limits { messages: 1024, bytes: 1 << 20 };
+mod world;
 
-/// An outbox without a connection around it.
-#[derive(Clone, Default)]
-struct Bare(Arc<Outbox>);
-
-impl Subscriber for Bare {
-    fn format(&self) -> Format {
-        Format::Json
-    }
-
-    fn push(&self, frame: &Arc<Frame>) -> Push {
-        self.0.push(frame, &LIMITS)
-    }
-}
-
-struct Sink;
-
-impl Transport for Sink {
-    fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        Ok(slices.iter().map(|slice| black_box(slice).len()).sum())
-    }
-}
-
-/// A hub with one channel of `number` subscribers.
-fn world(number: usize) -> (Arc<Hub<Bare>>, Vec<Bare>, Vec<Subscriptions<Bare>>) {
-    let hub = Hub::local(ChannelRules::default());
-    let outboxes: Vec<_> = (0..number).map(|_| Bare::default()).collect();
-    let subscriptions = outboxes.iter().map(|outbox| {
-        let mut subscriptions = Subscriptions::new(Arc::clone(&hub), outbox.clone());
-        subscriptions.subscribe("c", None, &mut Fanout::default());
-        subscriptions
-    });
-    let subscriptions = subscriptions.collect();
-    (hub, outboxes, subscriptions)
-}
-
-fn drain(fanout: Fanout<Bare>, writer: &mut Writer) {
-    for outbox in fanout.jobs.into_iter().flatten() {
-        let _ = outbox.0.flush(&Sink, writer, &LIMITS, 1);
-    }
-}
-
-fn benches(criterion: &mut Criterion) {
-    let data = format!(r#"{{"payload":"{}"}}"#, "x".repeat(114));
-    let mut writer = Writer::default();
+/// `fanout/push`: channel lookup, encoding once, the walk under the order lock, one push into each of N idle
+/// outboxes, and the list of whom to flush. `fanout/push_and_drain` adds what a lane does until each frame is
+/// handed to `send`. Leaves out who flushes where: lanes, splitting, wake-ups.
+fn fanout(criterion: &mut Criterion) {
+    let data = data(128);
     let mut group = criterion.benchmark_group("fanout");
-    for number in [10, 1_000, 10_000, 100_000] {
-        let (hub, _outboxes, _subscriptions) = world(number);
-        let publish = |fanout: &mut Fanout<Bare>| hub.publish(&Publication::new("c", Payload::Json(&data)), fanout);
-        group.throughput(Throughput::Elements(number as u64));
-        group.bench_function(BenchmarkId::new("push", number), |bencher| {
-            bencher.iter_batched(
-                Fanout::default,
-                |mut fanout| {
-                    publish(&mut fanout);
-                    fanout
-                },
-                BatchSize::PerIteration,
-            );
-            // Leaves the outboxes idle for the next benchmark.
-            let mut rest = Fanout::default();
-            publish(&mut rest);
+    for subscribers in [10, 1_000, 10_000, 100_000] {
+        let world = World::new(subscribers);
+        let mut writer = Writer::default();
+        let publish = || {
+            let mut fanout = Fanout::default();
+            world.hub.publish(&Publication::new(CHANNEL, Payload::Json(&data)), &mut fanout);
+            fanout
+        };
+        group.throughput(Throughput::Elements(subscribers as u64));
+        group.bench_function(BenchmarkId::new("push", subscribers), |bencher| {
+            bencher.iter_batched(|| world.drain(&mut writer), |()| publish(), BatchSize::PerIteration);
         });
-        for outbox in &_outboxes {
-            let _ = outbox.0.flush(&Sink, &mut writer, &LIMITS, 1);
-        }
-        group.bench_function(BenchmarkId::new("push_and_drain", number), |bencher| {
-            bencher.iter(|| {
-                let mut fanout = Fanout::default();
-                publish(&mut fanout);
-                drain(fanout, &mut writer);
-            });
+        world.drain(&mut writer);
+        group.bench_function(BenchmarkId::new("push_and_drain", subscribers), |bencher| {
+            bencher.iter(|| drain(publish(), &mut writer));
         });
     }
     group.finish();
-    churn(criterion);
 }
 
-fn churn(criterion: &mut Criterion) {
-    let (hub, _outboxes, _subscriptions) = world(1_000);
-    let reply = event::subscribed(None, "c");
-    let round = |subscriptions: &mut Subscriptions<Bare>, outbox: &Bare, writer: &mut Writer| {
-        let mut fanout = Fanout::default();
-        subscriptions.subscribe("c", Some(&reply), &mut fanout);
-        subscriptions.unsubscribe("c", &reply, &mut fanout);
-        drain(fanout, writer);
-        black_box(outbox);
-    };
-    let is_over = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let outbox = Bare::default();
-            let mut subscriptions = Subscriptions::new(Arc::clone(&hub), outbox.clone());
-            while !is_over.load(Ordering::Relaxed) {
-                round(&mut subscriptions, &outbox, &mut Writer::default());
+/// `outbox/push`: 1, 16 or 64 frames into each of 1,000 idle outboxes. `outbox/drain`: taking them out and
+/// handing them to `send`, joined in one buffer that all share, as subscribers of a channel do; and giving the
+/// write right back. One thread, so no lock is ever waited for.
+fn outbox(criterion: &mut Criterion) {
+    const OUTBOXES: usize = 1_000;
+    let world = World::new(OUTBOXES);
+    let mut group = criterion.benchmark_group("outbox");
+    for depth in [1, 16, 64] {
+        let frames: Vec<_> = (0..depth).map(|_| Frame::text(&data(128))).collect();
+        let push = || {
+            for outbox in &world.outboxes {
+                for frame in &frames {
+                    let _ = outbox.push(frame);
+                }
             }
-        });
-        let outbox = Bare::default();
-        let mut subscriptions = Subscriptions::new(Arc::clone(&hub), outbox.clone());
+        };
         let mut writer = Writer::default();
-        criterion.bench_function("churn/contended", |bencher| {
-            bencher.iter(|| round(&mut subscriptions, &outbox, &mut writer));
+        group.throughput(Throughput::Elements((OUTBOXES * depth) as u64));
+        group.bench_function(BenchmarkId::new("push", depth), |bencher| {
+            bencher.iter_batched(|| world.drain(&mut writer), |()| push(), BatchSize::PerIteration);
         });
-        is_over.store(true, Ordering::Relaxed);
-    });
+        world.drain(&mut writer);
+        group.bench_function(BenchmarkId::new("drain", depth), |bencher| {
+            bencher.iter_batched(push, |()| world.drain(&mut writer), BatchSize::PerIteration);
+        });
+    }
+    group.finish();
 }
 
-criterion_group!(group, benches);
+/// `churn/same_channel`: subscribe and unsubscribe, both replies pushed and drained, while 1, 2 or 4 threads
+/// do the same on one channel with 1,000 other subscribers. `churn/own_channels`: each thread on a channel of
+/// its own, which is created and dropped every time: only the map is shared. The time is that of one round of
+/// one thread. Leaves out the command and its parsing. More threads than cores also count their turns.
+fn churn(criterion: &mut Criterion) {
+    let world = World::new(1_000);
+    let mut group = criterion.benchmark_group("churn");
+    for threads in [1, 2, 4] {
+        let same = vec![CHANNEL.to_owned(); threads];
+        let own = (0..threads).map(|thread| format!("own:{thread}")).collect();
+        for (name, channels) in [("same_channel", same), ("own_channels", own)] {
+            group.throughput(Throughput::Elements(threads as u64));
+            group.bench_function(BenchmarkId::new(name, threads), |bencher| {
+                bencher.iter_custom(|rounds| churn_in_threads(&world.hub, &channels, rounds));
+            });
+        }
+    }
+    group.finish();
+}
+
+/// One thread per channel, each so many rounds, all at once; the longest time of one.
+fn churn_in_threads(hub: &Arc<Hub<Bare>>, channels: &[String], rounds: u64) -> Duration {
+    let barrier = Barrier::new(channels.len());
+    let rounds_on = |channel: &str| {
+        let (subscribed, unsubscribed) = (event::subscribed(None, channel), event::unsubscribed(None, channel));
+        let mut subscriptions = Subscriptions::new(Arc::clone(hub), Bare::default());
+        let mut writer = Writer::default();
+        barrier.wait();
+        let started = Instant::now();
+        for _ in 0..rounds {
+            let mut fanout = Fanout::default();
+            subscriptions.subscribe(channel, Some(&subscribed), &mut fanout);
+            subscriptions.unsubscribe(channel, &unsubscribed, &mut fanout);
+            drain(fanout, &mut writer);
+        }
+        started.elapsed()
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = channels.iter().map(|channel| scope.spawn(|| rounds_on(channel))).collect();
+        let times = threads.into_iter().map(|thread| thread.join().expect("no round panics"));
+        times.max().unwrap_or_default()
+    })
+}
+
+fn drain(fanout: Fanout<Bare>, writer: &mut Writer) {
+    fanout.jobs.into_iter().flatten().for_each(|outbox| outbox.drain(writer));
+}
+
+criterion_group!(group, fanout, outbox, churn);
 criterion_main!(group);

@@ -54,6 +54,13 @@ pub struct Settings {
     pub probe_interval: Duration,
 }
 
+impl Settings {
+    /// The hub's name of a Redis channel, if it is one of the hub's.
+    pub fn channel_name<'a>(&self, redis_channel: &'a [u8]) -> Option<&'a str> {
+        str::from_utf8(redis_channel.strip_prefix(self.channel_prefix.as_bytes())?).ok()
+    }
+}
+
 /// Listens until the runtime ends.
 pub async fn run(client: Client, settings: Settings, broker: Arc<Broker>) {
     let control = format!("{}__probe:{}", settings.channel_prefix, broker.shared.instance_id);
@@ -230,7 +237,7 @@ impl<'a> Turn<'a> {
                 self.control_back(&payload)
             }
             Arrival::Message { channel, payload, after_gap } => {
-                let Some(name) = self.name(&channel) else { return };
+                let Some(name) = self.settings.channel_name(&channel) else { return };
                 if after_gap && let Some(channel) = self.broker.hub.channel(name) {
                     self.tell_gap(&channel, fanout);
                 }
@@ -261,13 +268,8 @@ impl<'a> Turn<'a> {
         self.broker.shared.metrics.gaps.inc();
     }
 
-    /// The hub's name of a Redis channel.
-    fn name<'b>(&self, redis_channel: &'b [u8]) -> Option<&'b str> {
-        str::from_utf8(redis_channel.strip_prefix(self.settings.channel_prefix.as_bytes())?).ok()
-    }
-
     fn channel(&self, redis_channel: &[u8]) -> Option<HubChannel> {
-        self.broker.hub.channel(self.name(redis_channel)?)
+        self.broker.hub.channel(self.settings.channel_name(redis_channel)?)
     }
 
     /// Sends what brings Redis' subscriptions to the hub's channels.
