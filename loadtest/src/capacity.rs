@@ -37,7 +37,6 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let mut report = Report::new("capacity", &title, &options.target, &options.crowd);
     report.set("each rate", format!("{} s", options.seconds));
     let mut world = World::connect(&options.target, &options.crowd)?;
-    report.add_connected(&world.connected);
     let mut held: Option<(f64, Run)> = None;
     let mut broken: Option<(f64, Run)> = None;
     let mut offered = options.from;
@@ -67,6 +66,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         }
         None => report.notes.push("No rate held.".into()),
     }
+    report.add_connected(&world.connected);
     if broken.is_some_and(|(_, run)| run.own_share_max > 0.9) {
         report
             .notes

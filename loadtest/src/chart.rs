@@ -7,13 +7,15 @@ use maud::{Markup, html};
 
 use crate::axis::Axis;
 
-/// Pixels on each side of the plot: room for labels of up to nine characters, and for half a label.
+/// Pixels left of the plot: room for labels of up to nine characters.
 const LEFT: f64 = 68.0;
-const RIGHT: f64 = 26.0;
 /// One row of text.
 const ROW: f64 = 22.0;
+/// Of the labels beside the lowest and the highest tick.
+const HALF_LABEL: f64 = 8.0;
 /// The width of a character on average, to keep labels apart.
 const CHARACTER: f64 = 6.8;
+const BOLD_CHARACTER: f64 = 7.8;
 /// More areas to point at than this are too narrow to hit.
 const BANDS_MAX: usize = 150;
 
@@ -73,10 +75,11 @@ impl Chart {
     }
 
     fn draw(&self, width: f64, wide: bool) -> Markup {
-        let top = if self.marker.is_some() { 2.0 * ROW } else { ROW };
+        let rows = if self.marker.is_some() { 2.0 } else { 1.0 };
+        let top = if self.y.name.is_empty() { HALF_LABEL } else { rows * ROW + HALF_LABEL };
         let bottom = top + self.height;
-        let height = bottom + if self.shares_x { 10.0 } else { 2.0 * ROW + 4.0 };
-        let plot = Plot { chart: self, right: width - RIGHT, top, bottom, wide };
+        let height = bottom + if self.shares_x { HALF_LABEL } else { 2.0 * ROW + 4.0 };
+        let plot = Plot { chart: self, right: width, top, bottom, wide };
         html! {
             svg class=(if wide { "wide" } else { "narrow" }) viewBox={ "0 0 " (width) " " (height) } role="img"
                 aria-label=(self.label) {
@@ -116,17 +119,20 @@ impl Plot<'_> {
         let ticks = self.chart.x.ticks.iter().filter_map(|tick| {
             let x = self.x(tick.at)?;
             let half = tick.label.chars().count() as f64 * CHARACTER / 2.0;
-            let fits = x - half >= free;
+            // The last label ends with the plot, so that the plot can end with the page.
+            let (anchor, text_x) = if x + half > self.right { ("end", self.right) } else { ("middle", x) };
+            let start = if anchor == "end" { text_x - 2.0 * half } else { x - half };
+            let fits = start >= free;
             if fits {
-                free = x + half + CHARACTER;
+                free = start + 2.0 * half + 1.5 * CHARACTER;
             }
-            Some((x, fits.then_some(&tick.label)))
+            fits.then_some((x, anchor, text_x, &tick.label))
         });
         html! {
-            @for (x, label) in ticks {
+            @for (x, anchor, text_x, label) in ticks {
                 path class="grid" d={ "M" (px(x)) " " (px(self.top)) "V" (px(self.bottom)) } {}
-                @if let Some(label) = label && !self.chart.shares_x {
-                    text class="middle" x=(px(x)) y=(px(self.bottom + 18.0)) { (label) }
+                @if !self.chart.shares_x {
+                    text class=(anchor) x=(px(text_x)) y=(px(self.bottom + 18.0)) { (label) }
                 }
             }
             path class="base" d={ "M" (LEFT) " " (px(self.bottom)) "H" (px(self.right)) } {}
@@ -138,9 +144,8 @@ impl Plot<'_> {
 
     fn marker(&self, at: f64, name: &str) -> Markup {
         let x = self.x(at).unwrap_or(LEFT);
-        // The name starts at the line, or ends there where it would leave the picture.
-        let half = name.chars().count() as f64 * CHARACTER / 2.0;
-        let middle = x.min(self.right + RIGHT - half).max(half);
+        let half = name.chars().count() as f64 * BOLD_CHARACTER / 2.0;
+        let middle = x.min(self.right - half).max(half);
         html! {
             path class="marker" d={ "M" (px(x)) " " (px(self.top - 4.0)) "V" (px(self.bottom)) } {}
             text class="marked middle" x=(px(middle)) y=(px(self.top - 10.0)) { (name) }

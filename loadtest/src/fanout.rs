@@ -43,9 +43,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     };
     report.set("duration", format!("{} s", options.seconds));
     let mut world = World::connect(&options.target, &options.crowd)?;
-    report.add_connected(&world.connected);
     let run = world.run(pace, options.seconds, &mut Alone)?;
     report.add_run(&run, "all deliveries");
+    report.add_connected(&world.connected);
     report.deliver(&options.target)
 }
 

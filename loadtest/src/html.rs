@@ -45,8 +45,10 @@ pub(crate) fn page(report: &Report, ran_at: SystemTime) -> String {
                     @if !report.capacity.is_empty() { (section("Capacity", &capacity(&report.capacity))) }
                     @if !report.latency.is_empty() { (section("Latency", &latency(&report.latency))) }
                     @if let Some(charts) = panels::timeline(&report.timeline) { (section("Over time", &charts)) }
-                    @if !report.figures.is_empty() { (section("All figures", &figures(&report.figures))) }
-                    @if !report.settings.is_empty() { (section("Settings", &settings(&report.settings))) }
+                    div.columns {
+                        @if !report.figures.is_empty() { (section("All figures", &figures(&report.figures))) }
+                        @if !report.settings.is_empty() { (section("Settings", &settings(&report.settings))) }
+                    }
                 }
             }
         }
@@ -77,7 +79,7 @@ fn notes(notes: &[String]) -> Markup {
 fn tiles(report: &Report) -> Markup {
     let mut tiles = Vec::new();
     if let Some(knee) = panels::knee(&report.capacity) {
-        let name = if knee.proven { "capacity, deliveries" } else { "deliveries, limit not reached" };
+        let name = if knee.proven { "deliveries within bounds" } else { "deliveries, limit not reached" };
         tiles.push((name.to_owned(), knee.step.deliveries_per_second, "/s"));
     }
     let tails = if report.latency.is_empty() { 0 } else { 2 };
@@ -95,7 +97,7 @@ fn tiles(report: &Report) -> Markup {
             dl.tiles {
                 @for (name, value, unit) in tiles {
                     div {
-                        dt title=(name) { (name) }
+                        dt { (name) }
                         dd title={ (full(value)) " " (unit) } { (headline(value)) @if !unit.is_empty() { small { (unit) } } }
                     }
                 }
@@ -125,7 +127,7 @@ fn capacity(steps: &[Step]) -> Markup {
                 tbody {
                     @for step in steps {
                         tr {
-                            th { @if step.held { "● held" } @else { "✕ broken" } }
+                            th { @if step.held { span.held { "●" } " held" } @else { span.broken { "✕" } " broken" } }
                             @for number in [step.offered, step.deliveries_per_second, step.p50_ms, step.p99_ms] {
                                 td { (full(number)) }
                             }

@@ -70,8 +70,11 @@ fn trimmed(percent: f64) -> String {
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
-/// Deliveries, latency and CPU above one time axis; nothing for a run without seconds.
+/// Deliveries, latency and CPU above one time axis; nothing for a single second, which is no course.
 pub(crate) fn timeline(run: &[Second]) -> Option<Markup> {
+    if run.len() < 2 {
+        return None;
+    }
     let end = run.iter().map(|second| second.at_s).filter(|at| at.is_finite()).max_by(f64::total_cmp)?;
     // A second without deliveries has no latency.
     let latency =
@@ -96,13 +99,13 @@ pub(crate) fn timeline(run: &[Second]) -> Option<Markup> {
         cpu_names.insert(0, ("server CPU", "s0"));
     }
     let rate = chart("Deliveries a second", 150.0, LOW, short, true, vec![styled(deliveries, "s0", true)]);
-    let lines = vec![styled(p99, "s1", false), styled(p50, "s0", false)];
+    let lines = vec![styled(p99, "s0", false), styled(p50, "s1", false)];
     let latency = chart("Latency by second", 110.0, LOW, ms, true, lines);
     let cpu = chart("CPU by second, in percent of one core", 90.0, LOW, percent, false, cpu);
     Some(html! {
         figure {
             (legend([("deliveries a second", "s0")])) @if let Some(chart) = rate { (chart) }
-            (legend([("p99 latency", "s1"), ("p50 latency", "s0")])) @if let Some(chart) = latency { (chart) }
+            (legend([("p99 latency", "s0"), ("p50 latency", "s1")])) @if let Some(chart) = latency { (chart) }
             (legend(cpu_names)) @if let Some(chart) = cpu { (chart) }
         }
     })
@@ -164,8 +167,10 @@ pub(crate) fn capacity(steps: &[Step]) -> Markup {
     html! {
         figure {
             ul.legend {
-                li { span.held { "●" } " step held" }
-                li { span.broken { "✕" } " latency, loss or rate out of bounds" }
+                @if knee.is_some() { li { span.held { "●" } " step held" } }
+                @if steps.iter().any(|step| !step.held) {
+                    li { span.broken { "✕" } " latency, loss or rate out of bounds" }
+                }
             }
             (chart.svg())
         }

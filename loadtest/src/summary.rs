@@ -47,18 +47,19 @@ impl Report {
     pub(crate) fn add_run(&mut self, run: &Run, curve: &str) {
         let latency = run.tally.latency_us();
         let deliveries = run.tally.deliveries.max(1) as f64;
-        self.figure("publications", run.publications as f64, "");
-        self.figure("publication rate", run.publications as f64 / run.seconds, "/s");
-        self.figure("deliveries", run.tally.deliveries as f64, "");
+        // The most telling first: the page makes tiles of them.
         self.figure("delivery rate", run.tally.deliveries as f64 / run.seconds, "/s");
-        self.figure("lost", run.tally.lost as f64, "");
-        self.figure("repeated or out of order", run.tally.repeated as f64, "");
-        for (name, quantile) in [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0)] {
-            self.figure(&format!("latency {name}"), millis(&latency, quantile), "ms");
-        }
         if let Some(nanos) = run.server_nanos {
             self.figure("server CPU a delivery", nanos as f64 / 1e3 / deliveries, "us");
             self.figure("server CPU", nanos as f64 / 1e7 / run.seconds, "% of a core");
+        }
+        self.figure("lost", run.tally.lost as f64, "");
+        self.figure("repeated or out of order", run.tally.repeated as f64, "");
+        self.figure("publication rate", run.publications as f64 / run.seconds, "/s");
+        self.figure("publications", run.publications as f64, "");
+        self.figure("deliveries", run.tally.deliveries as f64, "");
+        for (name, quantile) in [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0)] {
+            self.figure(&format!("latency {name}"), millis(&latency, quantile), "ms");
         }
         self.figure("own CPU a delivery", run.own_nanos as f64 / 1e3 / deliveries, "us");
         self.figure("own CPU, busiest process", run.own_share_max * 100.0, "% of a core");

@@ -94,10 +94,10 @@ fn full() -> Report {
             step(400.0, 400_000.0, 1.9, true),
             step(800.0, 800_000.0, 3.4, true),
             step(1600.0, 1_262_000.0, 910.0, false),
-            step(1200.0, 1_199_000.0, 7.4, true),
+            step(1250.0, 1_248_000.0, 11.8, true),
             step(1400.0, 1_271_000.0, 312.0, false),
             step(1300.0, 1_266_000.0, 88.0, false),
-            step(1250.0, 1_248_000.0, 11.8, true),
+            step(1200.0, 1_199_000.0, 7.4, true),
         ],
         notes: vec![
             "The generator used 96 % of its core in 3 of 30 seconds: the server may be faster than this.".to_owned(),
@@ -124,7 +124,7 @@ fn a_full_report_has_every_section() {
     assert_eq!(page.matches("<svg class=\"narrow\"").count(), 5);
     // The knee is the highest rate that held, not the last one tried or the fastest.
     assert!(page.contains("knee: 1.25M/s at p99 11.8\u{a0}ms"));
-    assert_eq!(page.matches("✕ broken").count(), 3);
+    assert_eq!(page.matches("✕</span> broken").count(), 3);
     assert!(page.contains("99.9999\u{a0}%"));
     assert!(page.contains("<td>36,000,000</td>"));
 }
@@ -168,26 +168,30 @@ fn an_empty_report_is_a_page_without_sections() {
     assert_drawable(&page);
 }
 
-/// What a run has that failed at once: one second, one point, nothing delivered, no CPU.
+/// What a run has that failed at once: two seconds, one point, little delivered, no CPU of the server.
 #[test]
 fn a_poor_report_is_drawn_all_the_same() {
-    let mut step = step(100.0, 0.0, f64::NAN, false);
-    step.server_cpu_percent = None;
-    let second = Second { deliveries: 0, p50_ms: 0.0, p99_ms: f64::NAN, server_cpu_percent: None, ..second(0) };
+    let mut broken = step(100.0, 0.0, f64::NAN, false);
+    broken.server_cpu_percent = None;
+    let idle = |at| Second { deliveries: 0, p50_ms: 0.0, p99_ms: f64::NAN, server_cpu_percent: None, ..second(at) };
     let report = Report {
         figures: vec![Figure { name: "ratio".to_owned(), value: f64::NAN, unit: "" }],
         latency: vec![
             Curve { name: "one".to_owned(), count: 1, points: vec![(1.0, 0.0)] },
             Curve { name: "none".to_owned(), count: 0, points: Vec::new() },
         ],
-        timeline: vec![second],
-        capacity: vec![step],
+        // What cannot be placed stands beside what can.
+        timeline: vec![idle(0), Second { server_cpu_percent: None, ..second(1) }],
+        capacity: vec![broken, step(200.0, 10.0, 5.0, false)],
         ..Report::default()
     };
     let page = page(&report);
     assert_drawable(&page);
     assert!(!page.contains("knee"));
+    assert!(page.contains("generator CPU"));
     assert!(!page.contains("server CPU"), "nobody measured it");
+    let single = self::page(&Report { timeline: vec![idle(0)], ..Report::default() });
+    assert!(!single.contains("Over time"), "one second is no course");
 }
 
 #[test]
