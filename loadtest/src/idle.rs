@@ -28,7 +28,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     // A closed loop with nothing in flight publishes nothing.
     let run = world.run(Pace::new(None, 0), options.seconds, &mut Alone)?;
     if let Some(nanos) = run.server_nanos {
-        report.figure("server CPU while idle", nanos as f64 / 1e7 / run.seconds, "% of a core");
+        report.figure("server CPU of a core while idle", nanos as f64 / 1e7 / run.seconds, "%");
     } else {
         report.notes.push("Without --server-pid neither memory nor CPU of the server is known.".into());
     }

@@ -51,7 +51,7 @@ impl Report {
         self.figure("delivery rate", run.tally.deliveries as f64 / run.seconds, "/s");
         if let Some(nanos) = run.server_nanos {
             self.figure("server CPU a delivery", nanos as f64 / 1e3 / deliveries, "us");
-            self.figure("server CPU", nanos as f64 / 1e7 / run.seconds, "% of a core");
+            self.figure("server CPU of a core", nanos as f64 / 1e7 / run.seconds, "%");
         }
         self.figure("lost", run.tally.lost as f64, "");
         self.figure("repeated or out of order", run.tally.repeated as f64, "");
@@ -62,7 +62,7 @@ impl Report {
             self.figure(&format!("latency {name}"), millis(&latency, quantile), "ms");
         }
         self.figure("own CPU a delivery", run.own_nanos as f64 / 1e3 / deliveries, "us");
-        self.figure("own CPU, busiest process", run.own_share_max * 100.0, "% of a core");
+        self.figure("own CPU of a core, busiest process", run.own_share_max * 100.0, "%");
         self.latency.push(curve_of(curve, &latency));
         self.timeline = timeline(run);
         for (reason, count) in &run.tally.ended {
@@ -104,12 +104,12 @@ impl Report {
     fn print(&self) {
         println!("{}: {}", self.command, self.title);
         for (name, value) in &self.settings {
-            println!("  {name:<28} {value}");
+            println!("  {name:<36} {value}");
         }
         println!();
         for Figure { name, value, unit } in &self.figures {
             let digits = if value.fract() == 0.0 || *value >= 1000.0 { 0 } else { 3 };
-            println!("  {name:<28} {:>14} {unit}", format!("{value:.digits$}"));
+            println!("  {name:<36} {:>14} {unit}", format!("{value:.digits$}"));
         }
         for step in &self.capacity {
             println!(

@@ -192,7 +192,7 @@ impl World {
             bar.set_position((now_us - started_us) / 1_000);
             costs.sample(world, now_us, interval_us)
         })?;
-        costs.finish(self)?;
+        costs.finish(self, interval_us)?;
         let elapsed = (ended_us - started_us) as f64 / 1e6;
         bar.finish_and_clear();
         Ok(Run {
@@ -347,7 +347,9 @@ impl Costs {
         Ok(())
     }
 
-    fn finish(&mut self, world: &World) -> anyhow::Result<()> {
+    fn finish(&mut self, world: &World, interval_us: u64) -> anyhow::Result<()> {
+        // The last interval may have ended a little early.
+        self.sample(world, now_us(), interval_us / 2)?;
         self.spent_server = world.server_nanos()?.zip(self.server).map(|(after, before)| after - before);
         for (at, pid) in self.pids.iter().enumerate() {
             self.spent_own[at] = cpu_nanos(*pid)? - self.own[at];
