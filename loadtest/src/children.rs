@@ -34,6 +34,8 @@ enum Answer {
         live: usize,
         receivers_min: u32,
     },
+    /// The new tally counts from here on.
+    Begun,
     /// Publications that reached everybody.
     Done(u64),
     Result(Told),
@@ -52,6 +54,7 @@ struct Child {
     line: Vec<u8>,
     live: Option<usize>,
     receivers_min: u32,
+    has_begun: bool,
     done: u64,
     result: Option<Told>,
 }
@@ -71,7 +74,17 @@ impl Children {
             output.set_nonblocking(true)?;
             registry.register(&mut output, Token(token_base + at), Interest::READABLE)?;
             let line = Vec::new();
-            let mut child = Child { process, input, output, line, live: None, receivers_min: 0, done: 0, result: None };
+            let mut child = Child {
+                process,
+                input,
+                output,
+                line,
+                live: None,
+                receivers_min: 0,
+                has_begun: false,
+                done: 0,
+                result: None,
+            };
             child.order(&Order::Connect(plan))?;
             children.push(child);
         }
@@ -100,7 +113,15 @@ impl Children {
 
     /// Starts new tallies.
     pub(crate) fn begin(&mut self, interval_us: u64) -> anyhow::Result<()> {
-        self.children.iter_mut().try_for_each(|child| child.order(&Order::Begin { interval_us }))
+        self.children.iter_mut().try_for_each(|child| {
+            child.has_begun = false;
+            child.order(&Order::Begin { interval_us })
+        })
+    }
+
+    /// Whether all of them count into the new tallies.
+    pub(crate) fn have_begun(&self) -> bool {
+        self.children.iter().all(|child| child.has_begun)
     }
 
     /// Asks for the tallies after `published` publications.
@@ -136,6 +157,7 @@ impl Children {
                         child.live = Some(live);
                         child.receivers_min = receivers_min;
                     }
+                    Answer::Begun => child.has_begun = true,
                     Answer::Done(done) => child.done = done,
                     Answer::Result(told) => child.result = Some(told),
                 }
@@ -174,7 +196,10 @@ pub(crate) fn run() -> anyhow::Result<()> {
         loop {
             match orders.try_recv() {
                 Ok(Order::Connect(_)) => {}
-                Ok(Order::Begin { interval_us }) => swarm.begin(interval_us),
+                Ok(Order::Begin { interval_us }) => {
+                    swarm.begin(interval_us);
+                    answer(&Answer::Begun)?;
+                }
                 Ok(Order::Finish { published }) => {
                     swarm.finish(published);
                     done = published;

@@ -184,6 +184,10 @@ impl World {
         let interval_us = (seconds * 1e6 / 120.0).max(1e6) as u64;
         self.swarm.begin(interval_us);
         self.children.begin(interval_us)?;
+        // What arrives before a child has begun would be in no tally.
+        while !self.children.have_begun() {
+            self.poll_once(companion)?;
+        }
         let bar = self.bar("publishing", (seconds * 1e3) as u64);
         let mut costs = Costs::start(self)?;
         let published_before = self.publishers.published();

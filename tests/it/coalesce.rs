@@ -10,13 +10,14 @@ use crate::harness::{Client, await_metric, gateway, metric, publish};
 const EVERYWHERE: (&str, &str) = ("HUBCAST_COALESCE", "100ms");
 
 /// Publishes 0, 1, … one after another and waits until all are written; returns how many writes that took.
-async fn writes_for(gateway: &Gateway, channel: &str, publications: usize, subscribers: usize) -> f64 {
-    let frames = metric(gateway, "hubcast_frames_sent_total").await;
+/// `frames` were sent before: they may have arrived before they are counted.
+async fn writes_for(gateway: &Gateway, channel: &str, publications: usize, subscribers: usize, frames: usize) -> f64 {
+    await_metric(gateway, "hubcast_frames_sent_total", frames as f64).await;
     let writes = metric(gateway, "hubcast_writes_total").await;
     for n in 0..publications {
         publish(gateway, channel, n.to_string().as_bytes()).await;
     }
-    await_metric(gateway, "hubcast_frames_sent_total", frames + (publications * subscribers) as f64).await;
+    await_metric(gateway, "hubcast_frames_sent_total", (frames + publications * subscribers) as f64).await;
     metric(gateway, "hubcast_writes_total").await - writes
 }
 
@@ -34,7 +35,7 @@ async fn publications_of_one_window_leave_in_one_write_each_in_its_own_frame() {
         clients.push(Client::subscribed(&gateway, "c").await);
     }
     let started = Instant::now();
-    let writes = writes_for(&gateway, "c", 100, clients.len()).await;
+    let writes = writes_for(&gateway, "c", 100, clients.len(), 2 * clients.len()).await;
     // One write a subscriber and window; a slow machine needs more windows, not more writes in one.
     let windows = started.elapsed().as_millis() / 100 + 1;
     assert!(writes <= (windows * 5) as f64, "{writes} writes in {windows} windows");
@@ -48,22 +49,23 @@ async fn a_rule_of_its_own_goes_before_the_default() {
     let rules = r#"[{"match":"fast:*","coalesce":"0ms"},{"match":"slow:*","coalesce":"100ms"}]"#;
     let all = gateway(&[EVERYWHERE, ("HUBCAST_CHANNEL_RULES", rules)]);
     let some = gateway(&[("HUBCAST_CHANNEL_RULES", rules)]);
-    for (gateway, channel, is_held) in
-        [(&all, "fast:a", false), (&all, "b", true), (&some, "slow:a", true), (&some, "b", false)]
+    // Before each: two frames a client, and the twenty events of the case before.
+    for (gateway, channel, is_held, frames) in
+        [(&all, "fast:a", false, 2), (&all, "b", true, 24), (&some, "slow:a", true, 2), (&some, "b", false, 24)]
     {
         let mut client = Client::subscribed(gateway, channel).await;
         let mut writes = 0.0;
         let started = Instant::now();
         for n in 0..20 {
             if is_held {
-                writes = writes_for(gateway, channel, 20, 1).await;
+                writes = writes_for(gateway, channel, 20, 1, frames).await;
                 expect_in_order(&mut client, channel, 20).await;
                 break;
             }
             // Each has arrived before the next is published: nothing can share a write.
-            writes += writes_for(gateway, channel, 1, 1).await;
+            writes += writes_for(gateway, channel, 1, 1, frames + n).await;
             client.expect(&json!({"type": "event", "channel": channel, "data": 0})).await;
-            assert_eq!(writes, f64::from(n + 1), "{channel}");
+            assert_eq!(writes, (n + 1) as f64, "{channel}");
         }
         let windows = started.elapsed().as_millis() / 100 + 1;
         assert!(!is_held || writes <= windows as f64, "{channel}: {writes} writes in {windows} windows");
