@@ -216,6 +216,8 @@ pub struct State {
     refused_us: u64,
     /// Last time the socket took bytes since then.
     progress_us: u64,
+    /// Publishers were told that it is late, and it has had no room since.
+    is_awaited: bool,
     /// Since when it is full and holds publishers up (0: it does not).
     full_us: u64,
     /// How long it held them up before that, and until when.
@@ -242,6 +244,7 @@ impl Default for State {
             slots: None,
             refused_us: 0,
             progress_us: 0,
+            is_awaited: false,
             full_us: 0,
             held_us: 0,
             held_until_us: 0,
@@ -265,6 +268,7 @@ impl State {
         }
         self.bytes += frame.len();
         self.queue.push_back(Arc::clone(frame));
+        self.is_awaited |= is_full;
         if is_full {
             Push::Late
         } else if self.claim() {
@@ -371,9 +375,11 @@ impl State {
         }
         if batch.progress {
             self.progress_us = now_us;
-            if self.is_at_most_half(limits) {
-                self.release(now_us);
-            }
+        }
+        if self.is_at_most_half(limits) {
+            self.release(now_us);
+        } else if self.is_awaited {
+            self.hold(now_us);
         }
         batch.clear();
         self.phase = Phase::Blocked;
@@ -409,6 +415,7 @@ impl State {
 
     /// There is room again.
     fn release(&mut self, now_us: u64) {
+        self.is_awaited = false;
         if self.full_us > 0 {
             self.held_us += now_us.saturating_sub(self.full_us);
             self.held_until_us = now_us;

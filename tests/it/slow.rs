@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use hubcast::close::CloseReason;
 use hubcast::frame::Frame;
-use hubcast::outbox::{Flushed, Limits, Outbox, Push};
+use hubcast::outbox::{Flushed, Limits, Outbox, Push, STALL_US_MAX};
 use hubcast::writer::{Transport, Writer};
 use serde_json::json;
 use socket2::SockRef;
@@ -259,6 +259,23 @@ impl Transport for Scripted {
         let len = if script.is_empty() { all.len() } else { script.remove(0).min(all.len()) };
         written.extend(&all[..len]);
         if len == 0 { Err(std::io::ErrorKind::WouldBlock.into()) } else { Ok(len) }
+    }
+}
+
+/// Publishers began to wait before the socket refused: they are held up no longer than if it had refused before.
+#[test]
+fn an_outbox_that_was_late_and_then_refused_is_slow_in_time() {
+    let limits = Limits { messages: 4, bytes: 1000 };
+    for (taken, is_held_up) in [(1, true), (3, false)] {
+        let outbox: Outbox = Outbox::default();
+        let frame = Frame::text("x");
+        let socket = Scripted(parking_lot::Mutex::new((vec![taken * frame.len(), 0], Vec::new())));
+        let pushes: Vec<_> = (0..5).map(|_| outbox.push(&frame, &limits)).collect();
+        assert_eq!((pushes[0], pushes[3], pushes[4]), (Push::Schedule, Push::Queued, Push::Late));
+        assert_eq!(outbox.flush(&socket, &mut Writer::default(), &limits, 1), Flushed::Blocked);
+        assert_eq!(outbox.has_room(&limits), !is_held_up);
+        assert!(!outbox.sweep(1 + STALL_US_MAX, u64::MAX));
+        assert_eq!(outbox.sweep(2 + STALL_US_MAX, u64::MAX), is_held_up, "{taken} frames taken");
     }
 }
 
