@@ -2,8 +2,7 @@
 
 use clap::Args;
 
-use crate::fanout::rate;
-use crate::options::{Crowd, Target};
+use crate::options::{Crowd, Target, rate};
 use crate::publisher::Pace;
 use crate::report::{Report, Step};
 use crate::summary::millis;
@@ -67,7 +66,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         None => report.notes.push("No rate held.".into()),
     }
     report.add_connected(&world.connected);
-    if broken.is_some_and(|(_, run)| run.own_share_max > 0.9) {
+    if broken.is_some_and(|(_, run)| run.is_generator_busy()) {
         report
             .notes
             .push("Beyond the knee the generator itself was busy: the server may do more (try --processes).".into());

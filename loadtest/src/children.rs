@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use mio::unix::pipe;
 use mio::{Events, Interest, Poll, Registry, Token, Waker};
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 
 use crate::swarm::{Plan, Swarm};
 use crate::tally::Told;
@@ -233,7 +233,7 @@ fn read_orders(waker: Waker) -> Receiver<Order> {
     let (sender, orders) = sync_channel(16);
     std::thread::spawn(move || {
         for line in std::io::stdin().lock().lines() {
-            let Some(order) = line.ok().and_then(|line| parse(&line)) else { break };
+            let Some(order) = line.ok().and_then(|line| serde_json::from_str(&line).ok()) else { break };
             if sender.send(order).is_err() || waker.wake().is_err() {
                 return;
             }
@@ -243,10 +243,6 @@ fn read_orders(waker: Waker) -> Receiver<Order> {
         let _ = waker.wake();
     });
     orders
-}
-
-fn parse<T: DeserializeOwned>(line: &str) -> Option<T> {
-    serde_json::from_str(line).ok()
 }
 
 fn answer(answer: &Answer) -> anyhow::Result<()> {

@@ -8,10 +8,10 @@ use mio::event::Event;
 use mio::net::TcpStream;
 use mio::{Interest, Registry, Token};
 
-use crate::fanout::rate;
-use crate::options::{Crowd, Target};
+use crate::options::{Crowd, Target, rate};
 use crate::publisher::Pace;
 use crate::report::Report;
+use crate::swarm::open;
 use crate::wire;
 use crate::world::{COMPANION_TOKENS, Companion, World};
 
@@ -74,11 +74,8 @@ impl Churn {
     fn connect(options: &Options, registry: &Registry) -> anyhow::Result<Self> {
         let mut churners = Vec::new();
         for at in 0..usize::from(options.churners) {
-            let mut socket = std::net::TcpStream::connect(options.target.addr)?;
-            socket.set_nodelay(true)?;
-            socket.write_all(&wire::upgrade(&options.target.addr.to_string(), "/ws"))?;
-            socket.set_nonblocking(true)?;
-            let mut socket = TcpStream::from_std(socket);
+            let addr = options.target.addr;
+            let mut socket = open(addr, &wire::upgrade(&addr.to_string(), "/ws"))?;
             let token = Token(COMPANION_TOKENS + at);
             registry.register(&mut socket, token, Interest::READABLE | Interest::WRITABLE)?;
             let commands = (0..options.churned).map(|number| {

@@ -6,7 +6,7 @@
 
 use clap::Args;
 
-use crate::options::{Crowd, Target};
+use crate::options::{Crowd, Target, rate};
 use crate::publisher::Pace;
 use crate::report::Report;
 use crate::world::{Alone, World};
@@ -47,12 +47,4 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     report.add_run(&run, "all deliveries");
     report.add_connected(&world.connected);
     report.deliver(&options.target)
-}
-
-/// A number above zero.
-pub(crate) fn rate(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(rate) if rate > 0.0 && rate < 1e7 => Ok(rate),
-        _ => Err("a number above 0".into()),
-    }
 }

@@ -2,8 +2,7 @@
 
 use clap::Args;
 
-use crate::fanout::rate;
-use crate::options::{Crowd, Target};
+use crate::options::{Crowd, Target, rate};
 use crate::publisher::Pace;
 use crate::report::Report;
 use crate::world::{Alone, World};

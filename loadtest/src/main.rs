@@ -12,6 +12,7 @@ mod chart;
 mod children;
 mod churn;
 mod fanout;
+mod flights;
 mod floor;
 mod html;
 mod idle;

@@ -103,6 +103,14 @@ impl Target {
     }
 }
 
+/// A number above zero.
+pub(crate) fn rate(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(rate) if rate > 0.0 && rate < 1e7 => Ok(rate),
+        _ => Err("a number above 0".into()),
+    }
+}
+
 fn positive(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(number) if number > 0 => Ok(number),

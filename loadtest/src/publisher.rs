@@ -9,6 +9,7 @@ use mio::net::TcpStream;
 use mio::{Interest, Registry, Token};
 
 use crate::machine::now_us;
+use crate::swarm::open;
 use crate::wire;
 
 /// How publications reach the gateway.
@@ -61,16 +62,13 @@ impl Publishers {
         payload: usize,
         registry: &Registry,
     ) -> anyhow::Result<Self> {
+        let request = match destination.via {
+            Via::Socket => wire::upgrade(&destination.addr.to_string(), "/ws"),
+            Via::Http | Via::Redis => Vec::new(),
+        };
         let mut links = Vec::with_capacity(count);
         for at in 0..count {
-            let mut socket = std::net::TcpStream::connect(destination.addr)
-                .with_context(|| format!("the publisher cannot connect to {}", destination.addr))?;
-            socket.set_nodelay(true)?;
-            if destination.via == Via::Socket {
-                socket.write_all(&wire::upgrade(&destination.addr.to_string(), "/ws"))?;
-            }
-            socket.set_nonblocking(true)?;
-            let mut socket = TcpStream::from_std(socket);
+            let mut socket = open(destination.addr, &request).context("a publisher")?;
             registry.register(&mut socket, Token(token_base + at), Interest::READABLE | Interest::WRITABLE)?;
             let is_ready = destination.via != Via::Socket;
             links.push(Link { socket, unsent: Vec::new(), input: Vec::new(), is_ready });

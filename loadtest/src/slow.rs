@@ -10,8 +10,7 @@ use mio::Registry;
 use mio::event::Event;
 use socket2::{Domain, Socket, Type};
 
-use crate::fanout::rate;
-use crate::options::{Crowd, Target};
+use crate::options::{Crowd, Target, rate};
 use crate::publisher::Pace;
 use crate::report::Report;
 use crate::summary::{curve_of, millis};

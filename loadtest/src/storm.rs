@@ -5,9 +5,8 @@ use clap::Args;
 use mio::Registry;
 use mio::event::Event;
 
-use crate::fanout::rate;
 use crate::machine::now_us;
-use crate::options::{Crowd, Target};
+use crate::options::{Crowd, Target, rate};
 use crate::publisher::Pace;
 use crate::report::Report;
 use crate::swarm::Swarm;

@@ -12,9 +12,6 @@ use crate::options::{Crowd, Target};
 use crate::report::{Curve, Figure, Report, Second};
 use crate::world::{Connected, Run};
 
-/// Above this share of a core the generator may be what limited the run.
-const BUSY: f64 = 0.9;
-
 impl Report {
     /// An empty report of a command.
     pub(crate) fn new(command: &'static str, title: &str, target: &Target, crowd: &Crowd) -> Self {
@@ -68,7 +65,7 @@ impl Report {
         for (reason, count) in &run.tally.ended {
             self.notes.push(format!("{count} subscribers were disconnected: {reason}"));
         }
-        if run.own_share_max > BUSY {
+        if run.is_generator_busy() {
             self.notes.push(
                 "The generator was busy nearly all the time: it may be what limited the run (try --processes).".into(),
             );

@@ -10,6 +10,7 @@ use mio::{Interest, Registry, Token};
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Socket, Type};
 
+use crate::flights::Flights;
 use crate::machine::now_us;
 use crate::tally::Tally;
 use crate::wire;
@@ -48,7 +49,8 @@ pub(crate) struct Swarm {
     /// Why connections failed before they were live.
     pub failures: Vec<String>,
     pub tally: Tally,
-    channels: Vec<Channel>,
+    /// Subscriptions of each channel in this group.
+    receivers: Vec<u32>,
     flights: Flights,
     buffer: Vec<u8>,
 }
@@ -80,26 +82,13 @@ struct Subscription {
     order: u64,
 }
 
-#[derive(Clone, Debug, Default)]
-struct Channel {
-    receivers: u32,
-}
-
-/// Publications that have not reached everybody here.
-#[derive(Debug, Default)]
-struct Flights {
-    /// How often each was delivered, from `first` on.
-    seen: VecDeque<u32>,
-    first: u64,
-}
-
 impl Swarm {
     /// Nobody connected yet.
     pub(crate) fn new(plan: Plan, token_base: usize, interval_us: u64) -> Self {
-        let mut channels = vec![Channel::default(); plan.channels];
+        let mut receivers = vec![0; plan.channels];
         let connections = (0..plan.connections).map(|at| {
             for slot in 0..plan.subscriptions {
-                channels[plan.channel(at, slot)].receivers += 1;
+                receivers[plan.channel(at, slot)] += 1;
             }
             Connection {
                 socket: None,
@@ -117,7 +106,7 @@ impl Swarm {
             live: 0,
             failures: Vec::new(),
             tally: Tally::new(now_us(), interval_us),
-            channels,
+            receivers,
             flights: Flights::default(),
             buffer: vec![0; READ_BYTES],
             plan,
@@ -136,12 +125,12 @@ impl Swarm {
 
     /// Receivers of the channel that has fewest.
     pub(crate) fn receivers_min(&self) -> u32 {
-        self.channels.iter().map(|channel| channel.receivers).min().unwrap_or(0)
+        self.receivers.iter().copied().min().unwrap_or(0)
     }
 
     /// How many publications have reached everybody here, all before them included.
     pub(crate) fn completed(&self) -> u64 {
-        self.flights.first
+        self.flights.completed()
     }
 
     /// Starts as many connects as may be under way.
@@ -260,7 +249,7 @@ impl Swarm {
                 None => self.other_frame(at, first, payload),
             }
         }
-        self.flights.advance(&self.channels);
+        self.flights.advance(&self.receivers);
         bytes
     }
 
@@ -346,10 +335,10 @@ impl Swarm {
                 }
             }
         } else {
-            self.tally.lost += self.flights.missing(published, &self.channels);
+            self.tally.lost += self.flights.missing(published, &self.receivers);
             self.tally.repeated += self.order_breaks();
         }
-        self.flights = Flights { seen: VecDeque::new(), first: published };
+        self.flights = Flights::after(published);
     }
 
     /// Subscribers that saw a channel in another order than its first subscriber.
@@ -378,34 +367,17 @@ fn sequence_after(published: u64, channel: usize, channels: usize) -> u64 {
     published.saturating_sub(channel as u64).div_ceil(channels as u64)
 }
 
-impl Flights {
-    fn saw(&mut self, publication: u64) {
-        let Some(at) = publication.checked_sub(self.first) else { return };
-        while self.seen.len() as u64 <= at {
-            self.seen.push_back(0);
-        }
-        self.seen[at as usize] += 1;
-    }
-
-    fn advance(&mut self, channels: &[Channel]) {
-        while let Some(seen) = self.seen.front() {
-            if *seen < channels[(self.first % channels.len() as u64) as usize].receivers {
-                break;
-            }
-            self.seen.pop_front();
-            self.first += 1;
-        }
-    }
-
-    fn missing(&self, published: u64, channels: &[Channel]) -> u64 {
-        let of = |number: u64| u64::from(channels[(number % channels.len() as u64) as usize].receivers);
-        let seen = |number: u64| self.seen.get((number - self.first) as usize).map_or(0, |seen| u64::from(*seen));
-        (self.first..published).map(|number| of(number).saturating_sub(seen(number))).sum()
-    }
+/// Connects, sends `request`, and goes on without blocking.
+pub(crate) fn open(addr: SocketAddr, request: &[u8]) -> anyhow::Result<TcpStream> {
+    let mut socket = std::net::TcpStream::connect(addr).with_context(|| format!("cannot connect to {addr}"))?;
+    socket.set_nodelay(true)?;
+    socket.write_all(request)?;
+    socket.set_nonblocking(true)?;
+    Ok(TcpStream::from_std(socket))
 }
 
 /// Begins a connect.
-pub(crate) fn connect(addr: SocketAddr, source: Option<IpAddr>) -> anyhow::Result<TcpStream> {
+fn connect(addr: SocketAddr, source: Option<IpAddr>) -> anyhow::Result<TcpStream> {
     let Some(source) = source else { return Ok(TcpStream::connect(addr)?) };
     if source.is_ipv4() != addr.is_ipv4() {
         bail!("{source} cannot reach {addr}");

@@ -24,6 +24,9 @@ const ALARM: Token = Token(usize::MAX);
 /// A run ends when nothing has arrived for this long.
 const PATIENCE_US: u64 = 5_000_000;
 
+/// Above this share of a core a process of ours is busy.
+const BUSY: f64 = 0.9;
+
 /// Files that are not connections.
 const FILES_RESERVED: u64 = 100;
 
@@ -90,6 +93,13 @@ pub(crate) struct Run {
     pub own_nanos: u64,
     /// Costs per interval.
     pub samples: Vec<Sample>,
+}
+
+impl Run {
+    /// Whether the generator may be what limited the run.
+    pub(crate) fn is_generator_busy(&self) -> bool {
+        self.own_share_max > BUSY
+    }
 }
 
 /// CPU of one interval, in shares of a core.
@@ -204,9 +214,9 @@ impl World {
             interval_s: interval_us as f64 / 1e6,
             publications: self.publishers.published() - published_before,
             tally: self.collect(companion)?,
-            server_nanos: costs.server_nanos(),
-            own_share_max: costs.own_nanos().iter().max().map_or(0.0, |nanos| *nanos as f64 / 1e9 / elapsed),
-            own_nanos: costs.own_nanos().iter().sum(),
+            server_nanos: costs.spent_server,
+            own_share_max: costs.spent_own.iter().max().map_or(0.0, |nanos| *nanos as f64 / 1e9 / elapsed),
+            own_nanos: costs.spent_own.iter().sum(),
             samples: costs.samples,
         })
     }
@@ -264,7 +274,7 @@ impl World {
 
     /// How many publications have reached everybody.
     fn completed(&self) -> u64 {
-        self.children.completed().map_or(u64::MAX, |done| done).min(self.swarm.completed())
+        self.children.completed().unwrap_or(u64::MAX).min(self.swarm.completed())
     }
 
     fn collect(&mut self, companion: &mut dyn Companion) -> anyhow::Result<Tally> {
@@ -359,13 +369,5 @@ impl Costs {
             self.spent_own[at] = cpu_nanos(*pid)? - self.own[at];
         }
         Ok(())
-    }
-
-    fn server_nanos(&self) -> Option<u64> {
-        self.spent_server
-    }
-
-    fn own_nanos(&self) -> &[u64] {
-        &self.spent_own
     }
 }
