@@ -60,7 +60,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     report.capacity.sort_by(|one, other| one.offered.total_cmp(&other.offered));
     match &held {
         Some((offered, run)) => {
-            report.figure("knee", *offered, "publications/s");
+            report.figure("knee, publications", *offered, "/s");
             report.add_run(run, "at the knee");
         }
         None => report.notes.push("No rate held.".into()),
