@@ -28,7 +28,7 @@ fn fanout(criterion: &mut Criterion) {
         let mut writer = Writer::default();
         let publish = || {
             let mut fanout = Fanout::default();
-            world.hub.publish(&Publication::new(CHANNEL, Payload::Json(&data)), &mut fanout);
+            world.hub.publish(&Publication::new(CHANNEL, &[Payload::Json(&data)]), &mut fanout);
             fanout
         };
         group.throughput(Throughput::Elements(subscribers as u64));

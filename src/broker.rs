@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
+use crate::bundle::Bundle;
 use crate::channel::Fanout;
 use crate::clock;
 use crate::connection::{Connection, Shared};
@@ -33,21 +34,34 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// Delivers a publication to this instance's subscribers; returns how many took it.
-    pub fn deliver(
-        &self,
-        channel: &str,
-        payload: Payload<'_>,
-        source: Source,
-        fanout: &mut Fanout<Arc<Connection>>,
-    ) -> usize {
+    /// Delivers a publication to this instance's subscribers together with those that follow it in a row, at the
+    /// latest on [`Broker::deliver_bundle`].
+    pub fn gather(&self, channel: &str, payload: Payload<'_>, source: Source, fanout: &mut Fanout<Arc<Connection>>) {
+        if !Bundle::is_for(payload) {
+            self.deliver_bundle(source, fanout);
+            return self.deliver(&Publication::new(channel, &[payload]), source, fanout);
+        }
+        if !fanout.bundle.has_room(channel, payload, &self.shared.outbox) {
+            self.deliver_bundle(source, fanout);
+        }
+        fanout.bundle.add(channel, payload);
+    }
+
+    /// Delivers what was gathered.
+    pub fn deliver_bundle(&self, source: Source, fanout: &mut Fanout<Arc<Connection>>) {
+        let mut bundle = std::mem::take(&mut fanout.bundle);
+        bundle.deliver(|publication| self.deliver(publication, source, fanout));
+        fanout.bundle = bundle;
+    }
+
+    /// Delivers a publication to this instance's subscribers now.
+    fn deliver(&self, publication: &Publication<'_>, source: Source, fanout: &mut Fanout<Arc<Connection>>) {
         let metrics = &self.shared.metrics;
         let started_us = clock::now_us();
-        let delivered = self.hub.publish(&Publication::new(channel, payload), fanout);
-        metrics.publication(source);
+        let delivered = self.hub.publish(publication, fanout);
+        metrics.publications(source, publication.messages());
         metrics.deliveries.inc_by(delivered as u64);
         metrics.fanout.observe_us(clock::now_us() - started_us);
-        delivered
     }
 
     /// Checks a payload's size.
@@ -70,12 +84,12 @@ impl Broker {
         self.check_size(payload.bytes())?;
         let Some(publisher) = &self.publisher else {
             let mut fanout = Fanout::default();
-            self.deliver(channel, payload, Source::Http, &mut fanout);
+            self.deliver(&Publication::new(channel, &[payload]), Source::Http, &mut fanout);
             self.settle(&mut fanout).await;
             return Ok(Publishing(None));
         };
         let (sender, outcome) = oneshot::channel();
-        self.shared.metrics.publication(Source::Http);
+        self.shared.metrics.publications(Source::Http, 1);
         let job = Job::new(channel, payload.bytes(), Reply::Http(sender));
         publisher.send(job).await.map_err(|_| Refusal::unavailable())?;
         Ok(Publishing(Some(outcome)))

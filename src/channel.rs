@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use crate::bundle::Bundle;
 use crate::clock;
 use crate::event;
 use crate::frame::Frame;
@@ -34,6 +35,8 @@ pub trait Subscriber: Clone {
 /// What a run of pushes set in motion, to be acted on once all locks are released.
 #[derive(Debug)]
 pub struct Fanout<S> {
+    /// Publications that are still to be pushed, before anything else is.
+    pub bundle: Bundle,
     /// Subscribers whose write right we took: they must be flushed. Grouped so that channels take turns.
     pub jobs: Vec<Vec<S>>,
     /// The same of channels that coalesce: to be flushed when the window is over.
@@ -54,6 +57,7 @@ const PUSHES_MAX: usize = 32_768;
 impl<S> Default for Fanout<S> {
     fn default() -> Self {
         Self {
+            bundle: Bundle::default(),
             jobs: Vec::new(),
             held: Vec::new(),
             window: Duration::ZERO,
@@ -213,7 +217,7 @@ impl<S: Subscriber> Channel<S> {
         state.members.iter().chain(state.pending.iter().map(|pending| &pending.subscriber)).cloned().collect()
     }
 
-    /// Pushes the publication to every member, in one go; returns how many took it.
+    /// Pushes the publication to every member, in one go; returns how many messages they took.
     pub fn publish(&self, publication: &Publication<'_>, fanout: &mut Fanout<S>) -> usize {
         fanout.next_channel();
         fanout.window = self.coalesce;
@@ -221,7 +225,7 @@ impl<S: Subscriber> Channel<S> {
         let count =
             state.members.iter().filter(|member| fanout.push(member, publication.frame(member.format()))).count();
         fanout.window = Duration::ZERO;
-        count
+        count * publication.messages()
     }
 
     /// Joins now if the channel is live (`reply` goes first), or as soon as it is.

@@ -1,7 +1,8 @@
 //! Outgoing WebSocket frames, encoded once and shared by every outbox they wait in.
 //!
 //! Server frames are unmasked (RFC 6455 §5.1), so header and payload are the same bytes
-//! for all subscribers: a [`Frame`] is one buffer, and a queue holds only an `Arc` of it.
+//! for all subscribers: a [`Frame`] is one buffer, and a queue holds only an `Arc` of it. Messages
+//! that are published together are bundled: still a frame each on the wire, but one entry of the queue.
 
 use std::sync::Arc;
 
@@ -29,10 +30,11 @@ pub enum Opcode {
     Pong = 0xA,
 }
 
-/// One complete frame, ready for the socket.
+/// One complete frame, or a bundle of several data frames, ready for the socket.
 #[derive(Debug)]
 pub struct Frame {
     bytes: Box<[u8]>,
+    messages: usize,
     /// When it was made, in microseconds of [`clock::now_us`].
     pub created_us: u64,
 }
@@ -40,14 +42,9 @@ pub struct Frame {
 impl Frame {
     /// Builds an unfragmented frame whose payload is the given parts, one after another.
     pub fn new(opcode: Opcode, parts: &[&[u8]]) -> Arc<Self> {
-        let payload_len = parts.iter().map(|part| part.len()).sum();
-        // Exactly: what is spare would cost a second allocation.
-        let mut bytes = Vec::with_capacity(header_len(payload_len) + payload_len);
-        push_header(&mut bytes, opcode, payload_len);
-        for part in parts {
-            bytes.extend_from_slice(part);
-        }
-        Self::from_encoded(bytes)
+        let mut bytes = Vec::new();
+        encode(&mut bytes, opcode, parts);
+        Self::bundle(bytes, 1)
     }
 
     /// A text frame.
@@ -65,8 +62,9 @@ impl Frame {
         Self::new(Opcode::Close, &[&code.to_be_bytes(), &text.as_bytes()[..room]])
     }
 
-    fn from_encoded(bytes: Vec<u8>) -> Arc<Self> {
-        Arc::new(Self { bytes: bytes.into_boxed_slice(), created_us: clock::now_us() })
+    /// A bundle of `messages` frames that are encoded already, one after another.
+    pub fn bundle(bytes: Vec<u8>, messages: usize) -> Arc<Self> {
+        Arc::new(Self { bytes: bytes.into_boxed_slice(), messages, created_us: clock::now_us() })
     }
 
     /// Header and payload as they go over the wire.
@@ -83,6 +81,43 @@ impl Frame {
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
     }
+
+    /// How many frames it has on the wire: more than one in a bundle.
+    pub fn messages(&self) -> usize {
+        self.messages
+    }
+
+    /// How many of them are not completely among the first `sent` bytes.
+    pub fn messages_after(&self, sent: usize) -> usize {
+        self.messages - self.ends().take_while(|end| *end <= sent).count()
+    }
+
+    /// What has to follow once `sent` bytes are out, so that the peer has whole messages: up to the end of the
+    /// message that was begun. `None` at a border.
+    pub fn begun(self: &Arc<Self>, sent: usize) -> Option<Arc<Self>> {
+        let (mut complete, mut border) = (0, 0);
+        for end in self.ends().take_while(|end| *end <= sent) {
+            complete += 1;
+            border = end;
+        }
+        if border == sent {
+            return None;
+        }
+        if complete + 1 == self.messages {
+            return Some(Arc::clone(self));
+        }
+        let end = border + frame_len(&self.bytes[border..]);
+        Some(Arc::new(Self { bytes: self.bytes[..end].into(), messages: complete + 1, created_us: self.created_us }))
+    }
+
+    /// Where its frames end.
+    fn ends(&self) -> impl Iterator<Item = usize> {
+        let mut end = 0;
+        (0..self.messages).map(move |_| {
+            end += frame_len(&self.bytes[end..]);
+            end
+        })
+    }
 }
 
 const FIN: u8 = 0x80;
@@ -92,6 +127,30 @@ const fn header_len(payload_len: usize) -> usize {
         0..=CONTROL_PAYLOAD_BYTES_MAX => 2,
         126..=0xFFFF => 4,
         _ => 10,
+    }
+}
+
+/// The length of the unmasked frame at the start of `bytes`.
+fn frame_len(bytes: &[u8]) -> usize {
+    match bytes[1] {
+        126 => 4 + usize::from(u16::from_be_bytes([bytes[2], bytes[3]])),
+        127 => 10 + bytes[2..10].iter().fold(0, |len, byte| len << 8 | usize::from(*byte)),
+        len => 2 + usize::from(len),
+    }
+}
+
+/// Appends an unfragmented frame whose payload is the given parts, one after another.
+pub fn encode(bytes: &mut Vec<u8>, opcode: Opcode, parts: &[&[u8]]) {
+    let payload_len = parts.iter().map(|part| part.len()).sum();
+    let len = header_len(payload_len) + payload_len;
+    match bytes.is_empty() {
+        // Exactly: what is spare would cost a frame alone a second allocation.
+        true => bytes.reserve_exact(len),
+        false => bytes.reserve(len),
+    }
+    push_header(bytes, opcode, payload_len);
+    for part in parts {
+        bytes.extend_from_slice(part);
     }
 }
 

@@ -52,7 +52,7 @@ impl<S: Subscriber> Hub<S> {
         Arc::new(Self { channels, rules, upstream })
     }
 
-    /// Pushes a publication to every subscriber of its channel; returns how many took it.
+    /// Pushes a publication to every subscriber of its channel; returns how many messages they took.
     pub fn publish(&self, publication: &Publication<'_>, fanout: &mut Fanout<S>) -> usize {
         self.channel(publication.channel()).map_or(0, |channel| channel.publish(publication, fanout))
     }

@@ -64,6 +64,7 @@ impl Lanes {
     /// Closes the slow consumers of a fan-out, hands its jobs to the lanes, and returns the connections
     /// that were late: the caller publishes no more until [`Lanes::room`] returns.
     pub fn submit(self: &Arc<Self>, fanout: &mut Fanout<Arc<Connection>>) -> Vec<Arc<Connection>> {
+        debug_assert!(fanout.bundle.is_empty(), "publications would wait for the next read");
         for connection in fanout.slow.drain(..) {
             connection.close(CloseReason::SlowConsumer);
         }

@@ -2,7 +2,7 @@
 //!
 //! # One message, from a publish to the sockets
 //! 1. `session` (a socket), `api` (HTTP) or `multiplexer` (Redis) has the payload;
-//! 2. `broker` makes it a `publication`, encoded once per wire format;
+//! 2. `broker` makes it a `publication`, encoded once per wire format, those in a row as one (`bundle`);
 //! 3. `hub` finds the channel, `channel` walks its subscribers under its order lock;
 //! 4. `outbox` queues the frame and says who must be flushed;
 //! 5. `lanes` write each scheduled outbox at once (`writer`).
@@ -38,6 +38,7 @@ pub mod rules;
 
 pub mod api;
 pub mod broker;
+pub mod bundle;
 pub mod health;
 pub mod publication;
 

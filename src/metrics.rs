@@ -96,7 +96,7 @@ pub struct Metrics {
     pub outbox_frames: Gauge,
     /// Bytes that wait in outboxes; a frame counts in each.
     pub outbox_bytes: Gauge,
-    /// Seconds from the lookup of a channel until its last outbox has the publication.
+    /// Seconds from the lookup of a channel until its last outbox has the publication, or those that came in a row.
     pub fanout: Histogram,
     /// Seconds from encoding a frame until the sockets of a flush slice had it; one sample a slice.
     pub publish_to_socket: Histogram,
@@ -157,7 +157,11 @@ impl Default for Metrics {
             ),
             outbox_frames: register(r, "outbox_frames", "Frames that wait in outboxes"),
             outbox_bytes: register(r, "outbox_bytes", "Bytes that wait in outboxes"),
-            fanout: register(r, "fanout_duration_seconds", "Time to push one publication into all its outboxes"),
+            fanout: register(
+                r,
+                "fanout_duration_seconds",
+                "Time to push a publication, or several in a row, into all outboxes of the channel",
+            ),
             publish_to_socket: register(
                 r,
                 "publish_to_socket_seconds",
@@ -190,9 +194,9 @@ impl Metrics {
         self.refused[why as usize].inc();
     }
 
-    /// Counts a publication that came in.
-    pub fn publication(&self, source: Source) {
-        self.publications[source as usize].inc();
+    /// Counts publications that came in.
+    pub fn publications(&self, source: Source, number: usize) {
+        self.publications[source as usize].inc_by(number as u64);
     }
 
     /// Counts drops.

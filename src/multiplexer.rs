@@ -218,10 +218,12 @@ impl<'a> Turn<'a> {
             let Some(arrival) = self.inbox.pop() else { break };
             self.take(arrival, &mut fanout);
             if fanout.needs_pause() {
+                self.broker.deliver_bundle(Source::Redis, &mut fanout);
                 self.broker.settle(&mut fanout).await;
                 tokio::task::yield_now().await;
             }
         }
+        self.broker.deliver_bundle(Source::Redis, &mut fanout);
         self.broker.shared.metrics.dropped(DropReason::RedisQueueFull, self.inbox.take_dropped_count());
         for name in self.inbox.take_dropped() {
             if let Some(channel) = self.channel(&name) {
@@ -232,6 +234,10 @@ impl<'a> Turn<'a> {
     }
 
     fn take(&mut self, arrival: Arrival, fanout: &mut Fanout<Arc<Connection>>) {
+        let is_publication = matches!(&arrival, Arrival::Message { channel, .. } if channel != self.control.as_bytes());
+        if !is_publication {
+            self.broker.deliver_bundle(Source::Redis, fanout);
+        }
         match arrival {
             Arrival::Message { channel, payload, .. } if channel == self.control.as_bytes() => {
                 self.control_back(&payload)
@@ -242,7 +248,7 @@ impl<'a> Turn<'a> {
                     self.tell_gap(&channel, fanout);
                 }
                 if payload.len() <= self.broker.publish_bytes_max {
-                    self.broker.deliver(name, Payload::Unchecked(&payload), Source::Redis, fanout);
+                    self.broker.gather(name, Payload::Unchecked(&payload), Source::Redis, fanout);
                 } else if let Some(channel) = self.broker.hub.channel(name) {
                     self.broker.shared.metrics.dropped(DropReason::RedisTooLarge, 1);
                     self.tell_gap(&channel, fanout);
@@ -264,6 +270,7 @@ impl<'a> Turn<'a> {
     }
 
     fn tell_gap(&self, channel: &Channel<Arc<Connection>>, fanout: &mut Fanout<Arc<Connection>>) {
+        self.broker.deliver_bundle(Source::Redis, fanout);
         channel.tell_gap(fanout);
         self.broker.shared.metrics.gaps.inc();
     }

@@ -135,7 +135,7 @@ impl<L: Lock<State>> Outbox<L> {
     }
 
     /// Lets `frame` be the last one; nothing is taken any more. With `keep_queue` what is queued goes first,
-    /// otherwise only the frame that was begun. Returns how many frames that drops. Afterwards the
+    /// otherwise only the message that was begun. Returns how many messages that drops. Afterwards the
     /// connection's own task must be woken.
     pub fn close(&self, frame: Arc<Frame>, keep_queue: bool) -> usize {
         self.state.with(|state| state.close(frame, keep_queue))
@@ -156,7 +156,7 @@ impl<L: Lock<State>> Outbox<L> {
                     return end;
                 }
                 Err(_) => {
-                    writer.frames_dropped += (writer.batch.unsent().len() + self.state.with(State::fail)) as u64;
+                    writer.frames_dropped += (writer.batch.messages_unsent() + self.state.with(State::fail)) as u64;
                     writer.batch.clear();
                     return Flushed::Failed;
                 }
@@ -164,7 +164,7 @@ impl<L: Lock<State>> Outbox<L> {
         }
     }
 
-    /// Ends the outbox without a close frame; returns how many frames that drops.
+    /// Ends the outbox without a close frame; returns how many messages that drops.
     pub fn fail(&self) -> usize {
         self.state.with(State::fail)
     }
@@ -189,9 +189,9 @@ impl<L: Lock<State>> Outbox<L> {
         })
     }
 
-    /// Frames and bytes that wait.
+    /// Messages and bytes that wait.
     pub fn depth(&self) -> (usize, usize) {
-        self.state.with(|state| (state.queue.len(), state.bytes))
+        self.state.with(|state| (state.messages, state.bytes))
     }
 }
 
@@ -199,6 +199,8 @@ impl<L: Lock<State>> Outbox<L> {
 #[derive(Debug)]
 pub struct State {
     queue: VecDeque<Arc<Frame>>,
+    /// Messages of `queue`: a bundle has several.
+    messages: usize,
     /// Unsent bytes of `queue`.
     bytes: usize,
     /// Bytes of the first frame that are sent already.
@@ -235,6 +237,7 @@ impl Default for State {
     fn default() -> Self {
         Self {
             queue: VecDeque::new(),
+            messages: 0,
             bytes: 0,
             head_sent: 0,
             phase: Phase::Idle,
@@ -258,16 +261,15 @@ impl State {
             return Push::Closed;
         }
         // An empty outbox takes any one frame.
-        let is_full =
-            !self.queue.is_empty() && (self.queue.len() >= limits.messages || self.bytes + frame.len() > limits.bytes);
+        let is_full = !self.queue.is_empty()
+            && (self.messages + frame.messages() > limits.messages || self.bytes + frame.len() > limits.bytes);
         if is_full && self.phase == Phase::Blocked {
             self.hold(frame.created_us);
             if self.is_slow(frame.created_us) {
                 return Push::Slow;
             }
         }
-        self.bytes += frame.len();
-        self.queue.push_back(Arc::clone(frame));
+        self.enqueue(Arc::clone(frame));
         self.is_awaited |= is_full;
         if is_full {
             Push::Late
@@ -276,6 +278,12 @@ impl State {
         } else {
             Push::Queued
         }
+    }
+
+    fn enqueue(&mut self, frame: Arc<Frame>) {
+        self.messages += frame.messages();
+        self.bytes += frame.len();
+        self.queue.push_back(frame);
     }
 
     fn is_closing(&self) -> bool {
@@ -307,20 +315,32 @@ impl State {
         self.discarding = !keep_queue;
         self.slots = None;
         let dropped = if self.discarding { self.discard_after_begun() } else { 0 };
-        self.bytes += frame.len();
-        self.queue.push_back(frame);
+        self.enqueue(frame);
         if self.phase == Phase::Idle {
             self.phase = Phase::Blocked;
         }
         dropped
     }
 
-    /// Drops all frames but the one of which a part is sent.
+    /// Drops all messages but the one of which a part is sent; returns how many.
     fn discard_after_begun(&mut self) -> usize {
-        let before = self.queue.len();
-        self.queue.truncate(usize::from(self.head_sent > 0));
-        self.bytes = self.queue.front().map_or(0, |head| head.len() - self.head_sent);
-        before - self.queue.len()
+        let before = self.messages - self.head_complete();
+        let begun = self.queue.front().and_then(|head| head.begun(self.head_sent));
+        self.queue.clear();
+        (self.messages, self.bytes) = (0, 0);
+        match begun {
+            Some(begun) => {
+                self.enqueue(begun);
+                self.bytes -= self.head_sent;
+            }
+            None => self.head_sent = 0,
+        }
+        before - (self.messages - self.head_complete())
+    }
+
+    /// Messages of the first frame that are sent completely.
+    fn head_complete(&self) -> usize {
+        self.queue.front().map_or(0, |head| head.messages() - head.messages_after(self.head_sent))
     }
 
     /// Moves what is pending into `batch`, or gives the write right back and says how it ended.
@@ -348,26 +368,30 @@ impl State {
         }
         let room = WRITE_FRAMES_MAX - batch.frames.len();
         batch.frames.extend(self.queue.drain(..room.min(self.queue.len())));
-        self.bytes = if self.queue.is_empty() { 0 } else { self.queue.iter().map(|frame| frame.len()).sum() };
+        (self.messages, self.bytes) = (0, 0);
+        for frame in &self.queue {
+            self.messages += frame.messages();
+            self.bytes += frame.len();
+        }
         None
     }
 
     /// Takes back what the socket refused and passes the write right to the connection's own task.
-    /// Also returns how many frames that drops.
+    /// Also returns how many messages that drops.
     fn refuse(&mut self, batch: &mut Batch, limits: &Limits, now_us: u64) -> (Flushed, usize) {
-        let unsent = batch.unsent().len();
         if self.phase == Phase::Failed {
+            let dropped = batch.messages_unsent();
             batch.clear();
-            return (Flushed::Failed, unsent);
+            return (Flushed::Failed, dropped);
         }
         // A close without the queue may have come during the write: then only what was begun goes before it.
-        let is_cut = self.discarding && !batch.has_close;
-        let kept = if is_cut { usize::from(batch.head_sent > 0).min(unsent) } else { unsent };
-        for frame in batch.unsent()[..kept].iter().rev() {
+        let dropped = if self.discarding && !batch.has_close { batch.keep_begun() } else { 0 };
+        for frame in batch.unsent().iter().rev() {
+            self.messages += frame.messages();
             self.bytes += frame.len();
             self.queue.push_front(Arc::clone(frame));
         }
-        self.head_sent = if kept == 0 { 0 } else { batch.head_sent };
+        self.head_sent = batch.head_sent;
         self.bytes -= self.head_sent;
         if self.refused_us == 0 {
             self.refused_us = now_us;
@@ -383,7 +407,7 @@ impl State {
         }
         batch.clear();
         self.phase = Phase::Blocked;
-        (Flushed::Blocked, unsent - kept)
+        (Flushed::Blocked, dropped)
     }
 
     /// Not whenever the queue empties: bursts that follow each other would allocate at every one.
@@ -395,10 +419,10 @@ impl State {
 
     fn fail(&mut self) -> usize {
         // The close frame is nothing that anybody published.
-        let dropped = self.queue.len() - usize::from(self.closing && !self.queue.is_empty());
+        let dropped = self.messages - self.head_complete() - usize::from(self.closing && !self.queue.is_empty());
         self.phase = Phase::Failed;
         self.queue = VecDeque::new();
-        self.bytes = 0;
+        (self.messages, self.bytes) = (0, 0);
         self.slots = None;
         dropped
     }

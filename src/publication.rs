@@ -8,7 +8,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 
 use crate::event;
-use crate::frame::{Frame, Opcode};
+use crate::frame::{self, Frame, Opcode};
 
 /// How a subscriber wants its publications.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,18 +38,18 @@ impl<'a> Payload<'a> {
     }
 }
 
-/// One message to one channel.
+/// One message to one channel, or several that arrived together and are pushed as a bundle.
 pub struct Publication<'a> {
     channel: &'a str,
-    payload: Payload<'a>,
+    payloads: &'a [Payload<'a>],
     json: OnceCell<Arc<Frame>>,
     raw: OnceCell<Arc<Frame>>,
 }
 
 impl<'a> Publication<'a> {
-    /// A publication of `payload` to `channel`, a valid name.
-    pub fn new(channel: &'a str, payload: Payload<'a>) -> Self {
-        Self { channel, payload, json: OnceCell::new(), raw: OnceCell::new() }
+    /// A publication of `payloads` to `channel`, a valid name.
+    pub fn new(channel: &'a str, payloads: &'a [Payload<'a>]) -> Self {
+        Self { channel, payloads, json: OnceCell::new(), raw: OnceCell::new() }
     }
 
     /// The channel's name.
@@ -57,17 +57,28 @@ impl<'a> Publication<'a> {
         self.channel
     }
 
+    /// How many messages it has.
+    pub fn messages(&self) -> usize {
+        self.payloads.len()
+    }
+
     /// The frame for subscribers of the given format; made when the first one is met.
     pub fn frame(&self, format: Format) -> &Arc<Frame> {
         match format {
-            Format::Json => self.json.get_or_init(|| event_frame(self.channel, self.payload)),
-            Format::Raw => self.raw.get_or_init(|| raw_frame(self.payload.bytes())),
+            Format::Json => self.json.get_or_init(|| self.encode(encode_event)),
+            Format::Raw => self.raw.get_or_init(|| self.encode(encode_raw)),
         }
+    }
+
+    fn encode(&self, encode: fn(&mut Vec<u8>, &str, Payload<'_>)) -> Arc<Frame> {
+        let mut bytes = Vec::new();
+        self.payloads.iter().for_each(|payload| encode(&mut bytes, self.channel, *payload));
+        Frame::bundle(bytes, self.payloads.len())
     }
 }
 
 /// `{"type":"event","channel":…,"data":…}` with JSON byte for byte, other text as a JSON string, bytes as `data_base64`.
-fn event_frame(channel: &str, payload: Payload<'_>) -> Arc<Frame> {
+fn encode_event(bytes: &mut Vec<u8>, channel: &str, payload: Payload<'_>) {
     let (member, data) = match payload {
         Payload::Json(text) => ("data", Cow::Borrowed(text)),
         Payload::Unchecked(bytes) => match str::from_utf8(bytes) {
@@ -76,7 +87,8 @@ fn event_frame(channel: &str, payload: Payload<'_>) -> Arc<Frame> {
             Err(_) => ("data_base64", Cow::Owned(format!("\"{}\"", BASE64_STANDARD.encode(bytes)))),
         },
     };
-    Frame::new(
+    frame::encode(
+        bytes,
         Opcode::Text,
         &[
             br#"{"type":"event","channel":""#,
@@ -87,12 +99,12 @@ fn event_frame(channel: &str, payload: Payload<'_>) -> Arc<Frame> {
             data.as_bytes(),
             b"}",
         ],
-    )
+    );
 }
 
-fn raw_frame(payload: &[u8]) -> Arc<Frame> {
-    let opcode = if str::from_utf8(payload).is_ok() { Opcode::Text } else { Opcode::Binary };
-    Frame::new(opcode, &[payload])
+fn encode_raw(bytes: &mut Vec<u8>, _channel: &str, payload: Payload<'_>) {
+    let is_text = matches!(payload, Payload::Json(_)) || str::from_utf8(payload.bytes()).is_ok();
+    frame::encode(bytes, if is_text { Opcode::Text } else { Opcode::Binary }, &[payload.bytes()]);
 }
 
 fn is_json(text: &str) -> bool {

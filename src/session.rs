@@ -283,6 +283,7 @@ impl Session {
     }
 
     fn submit(&mut self, fanout: &mut Fanout<Arc<Connection>>) {
+        self.deliver_bundle(fanout);
         let late = self.connection.shared().lanes.submit(fanout);
         self.late.extend(late);
     }
@@ -341,6 +342,9 @@ impl Session {
         let id = request.id;
         if !self.may_answer(id, fanout) {
             return;
+        }
+        if !matches!(request.command, Ok(Command::Publish { .. })) {
+            self.deliver_bundle(fanout);
         }
         match request.command {
             Err(refusal) => self.reply(&event::error(id, &refusal, None), fanout),
@@ -413,13 +417,11 @@ impl Session {
         }
         broker.check_size(data.as_bytes())?;
         let Some(publisher) = &broker.publisher else {
-            broker.deliver(channel, Payload::Json(data), Source::Socket, fanout);
-            if let Some(id) = id {
-                self.reply(&event::published(id), fanout);
-            }
+            broker.gather(channel, Payload::Json(data), Source::Socket, fanout);
+            fanout.bundle.answers.extend(id.map(event::published));
             return Ok(());
         };
-        broker.shared.metrics.publication(Source::Socket);
+        broker.shared.metrics.publications(Source::Socket, 1);
         let reply = Reply::Socket(Arc::clone(&self.connection), id.map(Into::into));
         let job = Job::new(channel, data.as_bytes(), reply);
         // Once one publish waits, the next ones wait behind it.
@@ -429,6 +431,14 @@ impl Session {
             self.unqueued.push(job);
         }
         Ok(())
+    }
+
+    /// Delivers what was published in a row, then answers it.
+    fn deliver_bundle(&self, fanout: &mut Fanout<Arc<Connection>>) {
+        self.context.broker.deliver_bundle(Source::Socket, fanout);
+        for answer in std::mem::take(&mut fanout.bundle.answers) {
+            fanout.push(&self.connection, &answer);
+        }
     }
 
     fn reply(&self, frame: &Arc<Frame>, fanout: &mut Fanout<Arc<Connection>>) {

@@ -27,13 +27,13 @@ pub trait Transport {
 pub struct Writer {
     pub(crate) batch: Batch,
     joined: Joined,
-    /// Frames completely written since the owner last reset it.
+    /// Messages completely written since the owner last reset it.
     pub frames_sent: u64,
     /// Bytes written since the owner last reset it.
     pub bytes_sent: u64,
     /// Writes that the socket took since the owner last reset it.
     pub writes: u64,
-    /// Frames taken over from an outbox and dropped, by a failing socket or a close that discards, since the owner last reset it.
+    /// Messages taken over from an outbox and dropped by a failing socket or a close, since the owner last reset it.
     pub frames_dropped: u64,
     /// When the first frame of the last batch was made (µs).
     pub oldest_us: u64,
@@ -73,6 +73,24 @@ impl Batch {
         &self.frames[self.done..]
     }
 
+    /// How many messages are not sent completely.
+    pub(crate) fn messages_unsent(&self) -> usize {
+        let mut sent = self.head_sent;
+        self.unsent().iter().map(|frame| frame.messages_after(std::mem::take(&mut sent))).sum()
+    }
+
+    /// Keeps of what is unsent only the message that was begun; returns how many that drops.
+    pub(crate) fn keep_begun(&mut self) -> usize {
+        let before = self.messages_unsent();
+        let begun = self.unsent().first().and_then(|head| head.begun(self.head_sent));
+        if begun.is_none() {
+            self.head_sent = 0;
+        }
+        self.frames.truncate(self.done);
+        self.frames.extend(begun);
+        before - self.messages_unsent()
+    }
+
     /// One vectored write of all that is unsent; message borders are the frames' own.
     fn write_once(&self, transport: &impl Transport) -> io::Result<usize> {
         let mut slices = ArrayVec::<IoSlice<'_>, WRITE_FRAMES_MAX>::new();
@@ -83,16 +101,16 @@ impl Batch {
         transport.try_write(&slices)
     }
 
-    /// Moves on by `written` bytes; returns how many frames that completed.
+    /// Moves on by `written` bytes; returns how many messages that completed.
     fn advance(&mut self, written: usize) -> usize {
-        let before = self.done;
+        let before = self.messages_unsent();
         self.progress = true;
         self.head_sent += written;
         while let Some(frame) = self.frames.get(self.done).filter(|frame| frame.len() <= self.head_sent) {
             self.head_sent -= frame.len();
             self.done += 1;
         }
-        self.done - before
+        before - self.messages_unsent()
     }
 }
 

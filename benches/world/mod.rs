@@ -12,7 +12,7 @@ use hubcast::publication::Format;
 use hubcast::rules::ChannelRules;
 use hubcast::writer::{Transport, Writer};
 
-const LIMITS: Limits = Limits { messages: 1024, bytes: 1 << 20 };
+pub(crate) const LIMITS: Limits = Limits { messages: 1024, bytes: 1 << 20 };
 
 /// The channel that everybody is in.
 pub(crate) const CHANNEL: &str = "c";

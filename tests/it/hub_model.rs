@@ -28,9 +28,16 @@ impl Subscriber for Recorder {
     }
 
     fn push(&self, frame: &Arc<Frame>) -> Push {
-        let bytes = frame.bytes();
-        let payload = if bytes[1] == 126 { &bytes[4..] } else { &bytes[2..] };
-        self.0.lock().push(String::from_utf8(payload.to_vec()).unwrap());
+        let mut bytes = frame.bytes();
+        for _ in 0..frame.messages() {
+            let (start, end) = match bytes[1] {
+                126 => (4, 4 + usize::from(u16::from_be_bytes([bytes[2], bytes[3]]))),
+                len => (2, 2 + usize::from(len)),
+            };
+            self.0.lock().push(String::from_utf8(bytes[start..end].to_vec()).unwrap());
+            bytes = &bytes[end..];
+        }
+        assert!(bytes.is_empty());
         Push::Queued
     }
 }
@@ -39,7 +46,8 @@ impl Subscriber for Recorder {
 enum Op {
     Subscribe(usize, usize),
     Unsubscribe(usize, usize),
-    Publish(usize),
+    /// As many messages in a row.
+    Publish(usize, usize),
     /// The connection is lost and a new one takes its place.
     Lose(usize),
     /// The multiplexer sends what is due; Redis confirms later.
@@ -56,7 +64,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
     let op = prop_oneof![
         5 => (client.clone(), channel.clone()).prop_map(|(who, channel)| Op::Subscribe(who, channel)),
         4 => (client.clone(), channel.clone()).prop_map(|(who, channel)| Op::Unsubscribe(who, channel)),
-        5 => channel.prop_map(Op::Publish),
+        5 => (channel, 1..4_usize).prop_map(|(channel, messages)| Op::Publish(channel, messages)),
         1 => client.prop_map(Op::Lose),
         4 => Just(Op::Reconcile),
         4 => Just(Op::Confirm),
@@ -113,14 +121,16 @@ fn check(with_redis: bool, ops: &[Op]) {
                 model.leave(channel, who);
                 expected[who].push(format!(r#"{{"type":"unsubscribed","channel":"c{channel}"}}"#));
             }
-            Op::Publish(channel) => {
-                let data = number.to_string();
-                let name = name(channel);
-                let delivered = hub.publish(&Publication::new(&name, Payload::Json(&data)), &mut fanout);
+            Op::Publish(channel, messages) => {
+                let data: Vec<_> = (0..messages).map(|message| format!("[{number},{message}]")).collect();
+                let payloads: Vec<_> = data.iter().map(|data| Payload::Json(data)).collect();
+                let delivered = hub.publish(&Publication::new(&name(channel), &payloads), &mut fanout);
                 let joined = model.joined.get(&channel).cloned().unwrap_or_default();
-                assert_eq!(delivered, joined.len());
+                assert_eq!(delivered, joined.len() * messages);
                 for who in joined {
-                    expected[who].push(format!(r#"{{"type":"event","channel":"c{channel}","data":{number}}}"#));
+                    let events =
+                        data.iter().map(|d| format!(r#"{{"type":"event","channel":"c{channel}","data":{d}}}"#));
+                    expected[who].extend(events);
                 }
             }
             Op::Lose(who) => {

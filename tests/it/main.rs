@@ -12,6 +12,7 @@ mod harness;
 
 mod api;
 mod broadcast;
+mod bundle;
 mod coalesce;
 mod config;
 mod drain;

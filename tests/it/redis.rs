@@ -80,9 +80,12 @@ async fn one_odd_publish_closes_nobody() {
     let mut client = Client::subscribed(&gateway, "c").await;
     let publisher = redis::Client::open(redis.url()).unwrap();
     let mut publisher = publisher.get_multiplexed_async_connection().await.unwrap();
+    // All at once, so that they are delivered in a row.
+    let mut pipeline = redis::pipe();
     for payload in [b"\xff\xfe".as_slice(), b"", b"text", b"{\"a\": 1}", &[b'x'; 1001], b"1"] {
-        let _: i64 = redis::cmd("PUBLISH").arg("hub:c").arg(payload).query_async(&mut publisher).await.unwrap();
+        pipeline.atomic().publish("hub:c", payload);
     }
+    pipeline.exec_async(&mut publisher).await.unwrap();
     client.expect(&json!({"type": "event", "channel": "c", "data_base64": "//4="})).await;
     client.expect(&json!({"type": "event", "channel": "c", "data": ""})).await;
     client.expect(&json!({"type": "event", "channel": "c", "data": "text"})).await;

@@ -250,7 +250,24 @@ async fn frames_of_many_channels_go_out_in_turns() {
 }
 
 /// A socket that takes as many bytes per call as its script says; 0 refuses, and after the script it takes all.
-struct Scripted(parking_lot::Mutex<(Vec<usize>, Vec<u8>)>);
+pub struct Scripted(parking_lot::Mutex<(Vec<usize>, Vec<u8>)>);
+
+impl Scripted {
+    pub fn new(script: &[usize]) -> Self {
+        Self(parking_lot::Mutex::new((script.to_vec(), Vec::new())))
+    }
+
+    /// First byte and payload of each (short) frame that it took.
+    pub fn frames(&self) -> Vec<(u8, Vec<u8>)> {
+        let mut rest = self.0.lock().1.clone();
+        let mut frames = Vec::new();
+        while !rest.is_empty() {
+            let frame: Vec<_> = rest.drain(..2 + usize::from(rest[1])).collect();
+            frames.push((frame[0], frame[2..].to_vec()));
+        }
+        frames
+    }
+}
 
 impl Transport for Scripted {
     fn try_write(&self, slices: &[std::io::IoSlice<'_>]) -> std::io::Result<usize> {
@@ -269,7 +286,7 @@ fn an_outbox_that_was_late_and_then_refused_is_slow_in_time() {
     for (taken, is_held_up) in [(1, true), (3, false)] {
         let outbox: Outbox = Outbox::default();
         let frame = Frame::text("x");
-        let socket = Scripted(parking_lot::Mutex::new((vec![taken * frame.len(), 0], Vec::new())));
+        let socket = Scripted::new(&[taken * frame.len(), 0]);
         let pushes: Vec<_> = (0..5).map(|_| outbox.push(&frame, &limits)).collect();
         assert_eq!((pushes[0], pushes[3], pushes[4]), (Push::Schedule, Push::Queued, Push::Late));
         assert_eq!(outbox.flush(&socket, &mut Writer::default(), &limits, 1), Flushed::Blocked);
@@ -284,9 +301,9 @@ fn an_outbox_that_was_late_and_then_refused_is_slow_in_time() {
 fn a_refused_close_frame_is_not_lost() {
     let limits = Limits { messages: 10, bytes: 1000 };
     // One byte of the event leaves and the rest is refused; or nothing leaves at all.
-    for (script, expected) in [(vec![1, 0, 0], [0x81, 0x88].as_slice()), (vec![0, 0], &[0x88])] {
+    for (script, expected) in [([1, 0, 0].as_slice(), [0x81, 0x88].as_slice()), (&[0, 0], &[0x88])] {
         let outbox: Outbox = Outbox::default();
-        let socket = Scripted(parking_lot::Mutex::new((script, Vec::new())));
+        let socket = Scripted::new(script);
         let mut writer = Writer::default();
         assert_eq!(outbox.push(&Frame::text("begun"), &limits), Push::Schedule);
         assert_eq!(outbox.flush(&socket, &mut writer, &limits, 1), Flushed::Blocked);
@@ -294,12 +311,7 @@ fn a_refused_close_frame_is_not_lost() {
         outbox.close(Frame::close(&CloseReason::SlowConsumer), false);
         assert_eq!(outbox.flush(&socket, &mut writer, &limits, 2), Flushed::Blocked);
         assert_eq!(outbox.flush(&socket, &mut writer, &limits, 3), Flushed::Finished);
-        let mut rest = socket.0.lock().1.clone();
-        let mut firsts = Vec::new();
-        while !rest.is_empty() {
-            firsts.push(rest[0]);
-            rest.drain(..2 + usize::from(rest[1]));
-        }
+        let firsts: Vec<_> = socket.frames().into_iter().map(|(first, _)| first).collect();
         assert_eq!(firsts, expected);
     }
 }
