@@ -11,9 +11,9 @@ use hubcast::channel::{Fanout, Subscriber};
 use hubcast::event;
 use hubcast::frame::Frame;
 use hubcast::hub::{Hub, Subscriptions};
-use hubcast::publication::{Payload, Publication};
+use hubcast::publication::Payload;
 use hubcast::writer::Writer;
-use world::{Bare, CHANNEL, World, data};
+use world::{Bare, CHANNEL, World, data, deliver};
 
 mod world;
 
@@ -28,7 +28,8 @@ fn fanout(criterion: &mut Criterion) {
         let mut writer = Writer::default();
         let publish = || {
             let mut fanout = Fanout::default();
-            world.hub.publish(&Publication::new(CHANNEL, &[Payload::Json(&data)]), &mut fanout);
+            world.hub.gather(CHANNEL, Payload::Json(&data), &mut fanout);
+            deliver(&mut fanout);
             fanout
         };
         group.throughput(Throughput::Elements(subscribers as u64));

@@ -2,14 +2,13 @@
 //! `benches/README.md` has the table.
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use hubcast::bundle::Bundle;
 use hubcast::channel::Fanout;
 use hubcast::inbox::{Arrival, Inbox};
 use hubcast::multiplexer;
 use hubcast::publication::Payload;
 use hubcast::writer::Writer;
 use redis::{PushInfo, PushKind, Value};
-use world::{CHANNEL, LIMITS, World, data};
+use world::{CHANNEL, World, data, deliver};
 
 mod world;
 
@@ -43,19 +42,13 @@ fn message(criterion: &mut Criterion) {
             let carry = |messages: Vec<PushInfo>| {
                 messages.into_iter().for_each(|message| inbox.push(message));
                 let mut fanout = Fanout::default();
-                let mut bundle = Bundle::default();
-                let mut delivered = 0;
                 while let Some(arrival) = inbox.pop() {
                     let Arrival::Message { channel, payload, .. } = arrival else { continue };
                     let Some(name) = settings.channel_name(&channel) else { continue };
-                    let payload = Payload::Unchecked(&payload);
-                    if !bundle.has_room(name, payload, &LIMITS) {
-                        bundle.deliver(|publication| delivered += world.hub.publish(publication, &mut fanout));
-                    }
-                    bundle.add(name, payload);
+                    world.hub.gather(name, Payload::Unchecked(&payload), &mut fanout);
                 }
-                bundle.deliver(|publication| delivered += world.hub.publish(publication, &mut fanout));
-                assert_eq!(delivered, MESSAGES * subscribers);
+                deliver(&mut fanout);
+                assert_eq!(fanout.delivered, MESSAGES * subscribers);
                 fanout
             };
             bencher.iter_batched(before, carry, BatchSize::PerIteration);

@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use subtle::ConstantTimeEq;
 
 use crate::broker::Broker;
-use crate::channel::Channel;
+use crate::channel::{Channel, Fanout};
 use crate::clock;
 use crate::close::CloseReason;
 use crate::connection::Connection;
@@ -250,6 +250,10 @@ impl Api {
         if !matches!(code, 1000 | 1001 | 1008 | 1011..=1013 | 3000..=4999) {
             return Err(ErrorCode::BadRequest.with("code is 1000, 1001, 1008, 1011 to 1013 or 3000 to 4999"));
         }
+        // What was accepted before goes before the close frame.
+        let mut fanout = Fanout::default();
+        self.broker.hub.deliver_held(&mut fanout);
+        self.broker.shared.submit(&mut fanout);
         let reason = wanted.reason.unwrap_or_else(|| "disconnected by the backend".into());
         if reason.len() > 123 {
             return Err(ErrorCode::BadRequest.with("reason is at most 123 bytes"));

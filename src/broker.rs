@@ -4,16 +4,14 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
-use crate::bundle::Bundle;
 use crate::channel::Fanout;
-use crate::clock;
 use crate::connection::{Connection, Shared};
 use crate::fence::Fence;
 use crate::health::Health;
 use crate::hub::Hub;
 use crate::metrics::{Link, Source};
 use crate::protocol::Refusal;
-use crate::publication::{Payload, Publication};
+use crate::publication::Payload;
 use crate::publisher::{Job, Publisher, Reply};
 
 /// The one way to publish, shared by sockets, the API and the multiplexer.
@@ -34,34 +32,21 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// Delivers a publication to this instance's subscribers together with those that follow it in a row, at the
-    /// latest on [`Broker::deliver_bundle`].
+    /// Puts a publication in the order of its channel on this instance. It may wait for others:
+    /// see [`Broker::deliver`].
     pub fn gather(&self, channel: &str, payload: Payload<'_>, source: Source, fanout: &mut Fanout<Arc<Connection>>) {
-        if !Bundle::is_for(payload) {
-            self.deliver_bundle(source, fanout);
-            return self.deliver(&Publication::new(channel, &[payload]), source, fanout);
-        }
-        if !fanout.bundle.has_room(channel, payload, &self.shared.outbox) {
-            self.deliver_bundle(source, fanout);
-        }
-        fanout.bundle.add(channel, payload);
+        self.hub.gather(channel, payload, fanout);
+        self.shared.metrics.publication(source);
     }
 
-    /// Delivers what was gathered.
-    pub fn deliver_bundle(&self, source: Source, fanout: &mut Fanout<Arc<Connection>>) {
-        let mut bundle = std::mem::take(&mut fanout.bundle);
-        bundle.deliver(|publication| self.deliver(publication, source, fanout));
-        fanout.bundle = bundle;
-    }
-
-    /// Delivers a publication to this instance's subscribers now.
-    fn deliver(&self, publication: &Publication<'_>, source: Source, fanout: &mut Fanout<Arc<Connection>>) {
-        let metrics = &self.shared.metrics;
-        let started_us = clock::now_us();
-        let delivered = self.hub.publish(publication, fanout);
-        metrics.publications(source, publication.messages());
-        metrics.deliveries.inc_by(delivered as u64);
-        metrics.fanout.observe_us(clock::now_us() - started_us);
+    /// Delivers what was gathered, but for channels that coalesce.
+    pub fn deliver(&self, fanout: &mut Fanout<Arc<Connection>>) {
+        for channel in std::mem::take(&mut fanout.gathered) {
+            match channel.window().is_zero() {
+                true => channel.deliver(fanout),
+                false => fanout.gathered.push(channel),
+            }
+        }
     }
 
     /// Checks a payload's size.
@@ -84,12 +69,13 @@ impl Broker {
         self.check_size(payload.bytes())?;
         let Some(publisher) = &self.publisher else {
             let mut fanout = Fanout::default();
-            self.deliver(&Publication::new(channel, &[payload]), Source::Http, &mut fanout);
+            self.gather(channel, payload, Source::Http, &mut fanout);
+            self.deliver(&mut fanout);
             self.settle(&mut fanout).await;
             return Ok(Publishing(None));
         };
         let (sender, outcome) = oneshot::channel();
-        self.shared.metrics.publications(Source::Http, 1);
+        self.shared.metrics.publication(Source::Http);
         let job = Job::new(channel, payload.bytes(), Reply::Http(sender));
         publisher.send(job).await.map_err(|_| Refusal::unavailable())?;
         Ok(Publishing(Some(outcome)))
@@ -97,7 +83,7 @@ impl Broker {
 
     /// Has a fan-out flushed, and waits for subscribers that are late.
     pub async fn settle(&self, fanout: &mut Fanout<Arc<Connection>>) {
-        let late = self.shared.lanes.submit(fanout);
+        let late = self.shared.submit(fanout);
         if !late.is_empty() {
             self.shared.lanes.room(late).await;
         }

@@ -11,13 +11,13 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, Gathering};
 use crate::clock;
 use crate::event;
 use crate::frame::Frame;
 use crate::members::{Members, Position};
 use crate::outbox::Push;
-use crate::publication::{Format, Publication};
+use crate::publication::{Format, Payload, Publication};
 use crate::upstream::{Step, Upstream};
 
 /// Most replies that can wait for one pending subscription: repeats of the same command.
@@ -30,25 +30,30 @@ pub trait Subscriber: Clone {
 
     /// Queues a frame in its outbox. No I/O, no wait.
     fn push(&self, frame: &Arc<Frame>) -> Push;
+
+    /// Whether publishers that found its outbox late may go on.
+    fn has_room(&self) -> bool;
 }
 
 /// What a run of pushes set in motion, to be acted on once all locks are released.
 #[derive(Debug)]
 pub struct Fanout<S> {
-    /// Publications that are still to be pushed, before anything else is.
-    pub bundle: Bundle,
+    /// Channels in which publications wait: they must be delivered.
+    pub gathered: Vec<Arc<Channel<S>>>,
     /// Subscribers whose write right we took: they must be flushed. Grouped so that channels take turns.
     pub jobs: Vec<Vec<S>>,
-    /// The same of channels that coalesce: to be flushed when the window is over.
-    pub held: Vec<(Duration, Vec<S>)>,
-    /// How long what is scheduled now is held; zero: not at all.
-    window: Duration,
     /// Subscribers that are behind through no fault of their own: publishing goes on when they have room.
     pub late: Vec<S>,
     /// Slow consumers to be closed.
     pub slow: Vec<S>,
     /// Frames pushed since the last pause.
     pushed: usize,
+    /// What a publisher is told once what it published is delivered.
+    pub answers: Vec<Arc<Frame>>,
+    /// Messages put into outboxes, for the metrics.
+    pub delivered: usize,
+    /// How long each walk took, for the metrics.
+    pub walks_us: Vec<u64>,
 }
 
 /// Frames that a task pushes before others have their turn: some 3 ms.
@@ -57,13 +62,14 @@ const PUSHES_MAX: usize = 32_768;
 impl<S> Default for Fanout<S> {
     fn default() -> Self {
         Self {
-            bundle: Bundle::default(),
+            gathered: Vec::new(),
             jobs: Vec::new(),
-            held: Vec::new(),
-            window: Duration::ZERO,
             late: Vec::new(),
             slow: Vec::new(),
             pushed: 0,
+            answers: Vec::new(),
+            delivered: 0,
+            walks_us: Vec::new(),
         }
     }
 }
@@ -105,19 +111,9 @@ impl<S: Subscriber> Fanout<S> {
 
     /// Has a subscriber flushed whose write right the caller took.
     pub fn schedule(&mut self, subscriber: S) {
-        if !self.window.is_zero() {
-            return self.hold(subscriber);
-        }
         match self.jobs.last_mut() {
             Some(job) => job.push(subscriber),
             None => self.jobs.push(vec![subscriber]),
-        }
-    }
-
-    fn hold(&mut self, subscriber: S) {
-        match self.held.last_mut() {
-            Some((window, job)) if *window == self.window => job.push(subscriber),
-            _ => self.held.push((self.window, vec![subscriber])),
         }
     }
 
@@ -133,8 +129,7 @@ impl<S: Subscriber> Fanout<S> {
 #[derive(Debug)]
 pub struct Channel<S> {
     name: Arc<str>,
-    /// Publications within this time leave in one write; zero: each at once.
-    coalesce: Duration,
+    gathering: Gathering,
     state: Mutex<State<S>>,
     /// The channel waits in the hub's list of changed ones.
     pub(crate) is_listed: AtomicBool,
@@ -143,6 +138,10 @@ pub struct Channel<S> {
 #[derive(Debug)]
 struct State<S> {
     members: Members<S>,
+    /// Publications that are in the channel's order, but not pushed yet.
+    gathered: Bundle,
+    /// Subscribers that were late at the last delivery: whoever publishes next waits for them.
+    late: Vec<S>,
     /// Subscriptions that are confirmed to the client once the channel is live.
     pending: Members<Pending<S>>,
     upstream: Upstream,
@@ -183,16 +182,18 @@ pub(crate) enum Join {
 }
 
 impl<S: Subscriber> Channel<S> {
-    pub(crate) fn new(name: &str, upstream: Upstream, coalesce: Duration) -> Self {
+    pub(crate) fn new(name: &str, upstream: Upstream, gathering: Gathering) -> Self {
         let state = State {
             members: Members::default(),
+            gathered: Bundle::default(),
+            late: Vec::new(),
             pending: Members::default(),
             upstream,
             idle_since_us: Some(clock::now_us()),
             owes_gap: false,
             is_removed: false,
         };
-        Self { name: name.into(), coalesce, state: Mutex::new(state), is_listed: AtomicBool::new(false) }
+        Self { name: name.into(), gathering, state: Mutex::new(state), is_listed: AtomicBool::new(false) }
     }
 
     /// The channel's name.
@@ -217,15 +218,34 @@ impl<S: Subscriber> Channel<S> {
         state.members.iter().chain(state.pending.iter().map(|pending| &pending.subscriber)).cloned().collect()
     }
 
-    /// Pushes the publication to every member, in one go; returns how many messages they took.
-    pub fn publish(&self, publication: &Publication<'_>, fanout: &mut Fanout<S>) -> usize {
-        fanout.next_channel();
-        fanout.window = self.coalesce;
-        let state = self.state.lock();
-        let count =
-            state.members.iter().filter(|member| fanout.push(member, publication.frame(member.format()))).count();
-        fanout.window = Duration::ZERO;
-        count * publication.messages()
+    /// How long publications may wait for others.
+    pub fn window(&self) -> Duration {
+        self.gathering.window
+    }
+
+    /// Puts a publication in the channel's order. It is pushed together with those that follow, at the latest
+    /// when whoever finds the channel in `fanout` has it delivered.
+    pub fn gather(self: &Arc<Self>, payload: Payload<'_>, fanout: &mut Fanout<S>) {
+        let mut state = self.state.lock();
+        state.tell_late(fanout);
+        if !Bundle::is_for(payload) {
+            state.deliver(&self.name, fanout);
+            return state.push(&Publication::new(&self.name, &[payload]), fanout);
+        }
+        if !state.gathered.has_room(payload, &self.gathering) {
+            state.deliver(&self.name, fanout);
+        }
+        let is_known = fanout.gathered.last().is_some_and(|last| Arc::ptr_eq(last, self));
+        // A window has one timer; otherwise everybody who publishes can have it delivered.
+        if !is_known && (state.gathered.is_empty() || self.window().is_zero()) {
+            fanout.gathered.push(Arc::clone(self));
+        }
+        state.gathered.add(payload);
+    }
+
+    /// Pushes what was gathered to every member.
+    pub fn deliver(&self, fanout: &mut Fanout<S>) {
+        self.state.lock().deliver(&self.name, fanout);
     }
 
     /// Joins now if the channel is live (`reply` goes first), or as soon as it is.
@@ -234,6 +254,7 @@ impl<S: Subscriber> Channel<S> {
         if state.is_removed {
             return Join::Removed;
         }
+        state.deliver(&self.name, fanout);
         state.idle_since_us = None;
         if state.upstream == Upstream::Live {
             reply.inspect(|reply| {
@@ -252,6 +273,7 @@ impl<S: Subscriber> Channel<S> {
     /// Answers a repeated subscribe: at once if joined, else together with the first. False: too many wait already.
     pub(crate) fn repeat(&self, ticket: &Ticket, subscriber: &S, reply: &Arc<Frame>, fanout: &mut Fanout<S>) -> bool {
         let mut state = self.state.lock();
+        state.deliver(&self.name, fanout);
         let pending = match ticket.place() {
             Place::Waiting(position) => state.pending.get_mut(position),
             Place::Joined(_) => None,
@@ -270,10 +292,14 @@ impl<S: Subscriber> Channel<S> {
     /// Removes a subscriber, then pushes `reply` to it. Returns true when nobody is left.
     pub(crate) fn leave(&self, ticket: &Ticket, reply: Option<(&S, &Arc<Frame>)>, fanout: &mut Fanout<S>) -> bool {
         let mut state = self.state.lock();
+        if reply.is_some() {
+            state.deliver(&self.name, fanout);
+        }
         match ticket.place() {
             Place::Joined(position) => drop(state.members.remove(position)),
             Place::Waiting(position) => drop(state.pending.remove(position)),
         }
+        state.late.retain(|subscriber| !subscriber.has_room());
         if let Some((subscriber, reply)) = reply {
             fanout.push(subscriber, reply);
         }
@@ -307,6 +333,7 @@ impl<S: Subscriber> Channel<S> {
         if !state.upstream.confirm_subscribe() {
             return false;
         }
+        state.deliver(&self.name, fanout);
         let had_gap = std::mem::take(&mut state.owes_gap);
         if had_gap {
             state.tell_gap(&self.name, fanout);
@@ -337,11 +364,38 @@ impl<S: Subscriber> Channel<S> {
 
     /// A message of the channel was dropped on its way here: tells the members now.
     pub fn tell_gap(&self, fanout: &mut Fanout<S>) {
-        self.state.lock().tell_gap(&self.name, fanout);
+        let mut state = self.state.lock();
+        state.deliver(&self.name, fanout);
+        state.tell_gap(&self.name, fanout);
     }
 }
 
 impl<S: Subscriber> State<S> {
+    fn deliver(&mut self, name: &str, fanout: &mut Fanout<S>) {
+        if !self.gathered.is_empty() {
+            let gathered = std::mem::take(&mut self.gathered);
+            self.push(&Publication::new(name, &gathered.payloads()), fanout);
+        }
+    }
+
+    /// The walk: pushes a publication to every member, in one go.
+    fn push(&mut self, publication: &Publication<'_>, fanout: &mut Fanout<S>) {
+        let started_us = clock::now_us();
+        let (late, messages) = (fanout.late.len(), publication.messages());
+        fanout.next_channel();
+        let took = |member: &&S| fanout.push(member, publication.frame(member.format()));
+        let count = self.members.iter().filter(took).count();
+        self.late = fanout.late[late..].to_vec();
+        fanout.delivered += count * messages;
+        fanout.walks_us.push(clock::now_us() - started_us);
+    }
+
+    /// Whoever publishes has to wait for those that are still late.
+    fn tell_late(&mut self, fanout: &mut Fanout<S>) {
+        self.late.retain(|subscriber| !subscriber.has_room());
+        fanout.late.extend_from_slice(&self.late);
+    }
+
     /// Raw subscribers get payloads and nothing else: for them a gap is only counted.
     fn tell_gap(&self, name: &str, fanout: &mut Fanout<S>) {
         let frame = event::upstream_gap(name);

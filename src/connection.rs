@@ -36,6 +36,16 @@ pub struct Shared {
     pub instance_id: Box<str>,
 }
 
+impl Shared {
+    /// Sets in motion what a fan-out came to; returns the connections that were late: the caller publishes no
+    /// more until [`Lanes::room`] returns.
+    pub fn submit(&self, fanout: &mut Fanout<Arc<Connection>>) -> Vec<Arc<Connection>> {
+        self.metrics.deliveries.inc_by(std::mem::take(&mut fanout.delivered) as u64);
+        fanout.walks_us.drain(..).for_each(|walk_us| self.metrics.fanout.observe_us(walk_us));
+        self.lanes.submit(fanout)
+    }
+}
+
 /// All open connections by number.
 pub type Connections = DashMap<u64, Arc<Connection>>;
 
@@ -183,11 +193,6 @@ impl Connection {
         }
     }
 
-    /// Whether publishers that found the outbox late may go on.
-    pub fn has_room(&self) -> bool {
-        self.outbox.has_room(&self.shared.outbox)
-    }
-
     /// Frames and bytes that wait.
     pub fn depth(&self) -> (usize, usize) {
         self.outbox.depth()
@@ -289,9 +294,13 @@ impl Subscriber for Arc<Connection> {
     fn push(&self, frame: &Arc<Frame>) -> Push {
         let push = self.outbox.push(frame, &self.shared.outbox);
         if push == Push::Slow {
-            self.shared.metrics.dropped(DropReason::SlowConsumer, 1);
+            self.shared.metrics.dropped(DropReason::SlowConsumer, frame.messages());
         }
         push
+    }
+
+    fn has_room(&self) -> bool {
+        self.outbox.has_room(&self.shared.outbox)
     }
 }
 

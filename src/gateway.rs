@@ -85,8 +85,8 @@ impl Gateway {
         let (publisher, jobs) = Publisher::new(config.publish_timeout);
         let broker = Arc::new(Broker {
             hub: match redis {
-                Some(_) => Hub::with_upstream(config.channel_rules.clone()),
-                None => Hub::local(config.channel_rules.clone()),
+                Some(_) => Hub::with_upstream(config.channel_rules.clone(), config.outbox),
+                None => Hub::local(config.channel_rules.clone(), config.outbox),
             },
             shared: Arc::new(Shared {
                 outbox: config.outbox,
@@ -155,6 +155,9 @@ impl Gateway {
     /// Ends the gateway: every client that reads gets each publication accepted before its close, then 1012.
     pub async fn drain(self) -> Drained {
         self.broker.health.start_draining();
+        let mut fanout = Fanout::default();
+        self.broker.hub.start_draining(&mut fanout);
+        self.broker.shared.submit(&mut fanout);
         self.tell_draining().await;
         self.close_spread().await;
         let _ = tokio::time::timeout(DRAIN_GRACE, self.ended.all()).await;
@@ -176,7 +179,7 @@ impl Gateway {
                 fanout.push(&connection, &frame);
             }
         }
-        self.broker.shared.lanes.submit(&mut fanout);
+        self.broker.shared.submit(&mut fanout);
         tokio::task::yield_now().await;
     }
 
@@ -261,7 +264,7 @@ fn background(config: &Config, broker: &Arc<Broker>) -> Vec<JoinHandle<()>> {
     let mut tasks: Vec<_> = (0..shared.lanes.count())
         .map(|lane| {
             let shared = Arc::clone(shared);
-            tokio::spawn(async move { shared.lanes.run(lane, &shared.metrics).await })
+            tokio::spawn(async move { Lanes::run(&shared, lane).await })
         })
         .collect();
     let liveness = Liveness {
@@ -286,7 +289,7 @@ async fn sweep(shared: Arc<Shared>, liveness: Liveness) {
         for connection in &shared.connections {
             connection.sweep(now_us, &ping, &liveness, &mut fanout);
         }
-        shared.lanes.submit(&mut fanout);
+        shared.submit(&mut fanout);
     }
 }
 

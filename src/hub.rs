@@ -5,15 +5,17 @@
 //! shard, channel, outbox. No I/O, no await.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use dashmap::DashMap;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
+use crate::bundle::Gathering;
 use crate::channel::{Channel, Fanout, Join, Subscriber, Ticket};
 use crate::frame::Frame;
-use crate::publication::Publication;
+use crate::outbox::Limits;
+use crate::publication::Payload;
 use crate::rules::ChannelRules;
 use crate::upstream::Upstream;
 
@@ -25,6 +27,9 @@ const SHARDS: usize = 256;
 pub struct Hub<S> {
     channels: DashMap<Arc<str>, Arc<Channel<S>>, foldhash::quality::RandomState>,
     rules: ChannelRules,
+    outbox: Limits,
+    /// The gateway drains: publications do not wait for others any more.
+    is_draining: AtomicBool,
     upstream: Option<Changes<S>>,
 }
 
@@ -38,23 +43,42 @@ pub struct Changes<S> {
 
 impl<S: Subscriber> Hub<S> {
     /// A hub without Redis: every channel is live at once.
-    pub fn local(rules: ChannelRules) -> Arc<Self> {
-        Self::new(rules, None)
+    pub fn local(rules: ChannelRules, outbox: Limits) -> Arc<Self> {
+        Self::new(rules, outbox, None)
     }
 
     /// A hub whose channels become live when the multiplexer confirms them.
-    pub fn with_upstream(rules: ChannelRules) -> Arc<Self> {
-        Self::new(rules, Some(Changes { list: Mutex::new(Vec::new()), notify: Notify::new() }))
+    pub fn with_upstream(rules: ChannelRules, outbox: Limits) -> Arc<Self> {
+        Self::new(rules, outbox, Some(Changes { list: Mutex::new(Vec::new()), notify: Notify::new() }))
     }
 
-    fn new(rules: ChannelRules, upstream: Option<Changes<S>>) -> Arc<Self> {
+    fn new(rules: ChannelRules, outbox: Limits, upstream: Option<Changes<S>>) -> Arc<Self> {
         let channels = DashMap::with_hasher_and_shard_amount(foldhash::quality::RandomState::default(), SHARDS);
-        Arc::new(Self { channels, rules, upstream })
+        Arc::new(Self { channels, rules, outbox, is_draining: AtomicBool::new(false), upstream })
     }
 
-    /// Pushes a publication to every subscriber of its channel; returns how many messages they took.
-    pub fn publish(&self, publication: &Publication<'_>, fanout: &mut Fanout<S>) -> usize {
-        self.channel(publication.channel()).map_or(0, |channel| channel.publish(publication, fanout))
+    /// Puts a publication in the order of its channel, if anybody is in it. What has to be delivered for that is
+    /// in `fanout`.
+    pub fn gather(&self, channel: &str, payload: Payload<'_>, fanout: &mut Fanout<S>) {
+        if let Some(channel) = self.channel(channel) {
+            channel.gather(payload, fanout);
+            if self.is_draining.load(Ordering::Acquire) {
+                channel.deliver(fanout);
+            }
+        }
+    }
+
+    /// Delivers what waits in channels that coalesce.
+    pub fn deliver_held(&self, fanout: &mut Fanout<S>) {
+        if self.rules.coalesces() {
+            self.channels().iter().for_each(|channel| channel.deliver(fanout));
+        }
+    }
+
+    /// From now on publications wait for nothing: who is closed after this has got all that were accepted before.
+    pub fn start_draining(&self, fanout: &mut Fanout<S>) {
+        self.is_draining.store(true, Ordering::Release);
+        self.channels().iter().for_each(|channel| channel.deliver(fanout));
     }
 
     /// The channel of that name, if anybody is in it.
@@ -182,7 +206,7 @@ impl<S: Subscriber> Hub<S> {
 
     fn create(&self, name: &str) -> Arc<Channel<S>> {
         let upstream = if self.upstream.is_some() { Upstream::Absent } else { Upstream::Live };
-        let channel = Arc::new(Channel::new(name, upstream, self.rules.coalesce(name)));
+        let channel = Arc::new(Channel::new(name, upstream, Gathering::new(self.rules.coalesce(name), &self.outbox)));
         let key = channel.shared_name();
         Arc::clone(&self.channels.entry(key).or_insert(channel))
     }

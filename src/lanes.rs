@@ -6,8 +6,8 @@
 //! hold up a small one, and what is published meanwhile leaves in the same writes.
 //! The queue needs no bound of its own: an outbox is in at most one job.
 //!
-//! A channel that coalesces has its outboxes wait for the window's end before they reach a lane. Whatever else
-//! is queued for such a connection (replies, pings, other channels) leaves at that moment too.
+//! What a socket published waits in its channel until the lane's turn: what others publish there meanwhile is
+//! pushed in the same walk. A channel that coalesces waits for its window first.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -20,10 +20,10 @@ use crossbeam_utils::CachePadded;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::channel::Fanout;
+use crate::channel::{Channel, Fanout, Subscriber};
 use crate::clock;
 use crate::close::CloseReason;
-use crate::connection::Connection;
+use crate::connection::{Connection, Shared};
 use crate::metrics::Metrics;
 use crate::writer::Writer;
 
@@ -33,7 +33,14 @@ const SLICE: usize = 64;
 /// A job above this size is split over all lanes, so that every core helps.
 const SPLIT: usize = 512;
 
-type Job = IntoIter<Arc<Connection>>;
+/// What a lane does next.
+#[derive(Debug)]
+enum Job {
+    /// Pushes what a channel has gathered.
+    Deliver(Arc<Channel<Arc<Connection>>>),
+    /// Writes outboxes whose write right the job has.
+    Flush(IntoIter<Arc<Connection>>),
+}
 
 /// The lanes, one per worker thread.
 #[derive(Debug)]
@@ -64,44 +71,56 @@ impl Lanes {
     /// Closes the slow consumers of a fan-out, hands its jobs to the lanes, and returns the connections
     /// that were late: the caller publishes no more until [`Lanes::room`] returns.
     pub fn submit(self: &Arc<Self>, fanout: &mut Fanout<Arc<Connection>>) -> Vec<Arc<Connection>> {
-        debug_assert!(fanout.bundle.is_empty(), "publications would wait for the next read");
         for connection in fanout.slow.drain(..) {
             connection.close(CloseReason::SlowConsumer);
         }
         for job in fanout.jobs.drain(..) {
-            self.submit_job(job);
+            self.submit_flush(job);
         }
-        for (window, job) in fanout.held.drain(..) {
-            // One timer for each window and channel; what is published meanwhile finds its outboxes scheduled.
-            let lanes = Arc::clone(self);
-            tokio::spawn(async move {
-                tokio::time::sleep(window).await;
-                lanes.submit_job(job);
-            });
+        for channel in fanout.gathered.drain(..) {
+            self.submit_delivery(channel);
         }
         fanout.paused();
         std::mem::take(&mut fanout.late)
     }
 
-    fn submit_job(&self, mut job: Vec<Arc<Connection>>) {
+    fn submit_flush(&self, mut job: Vec<Arc<Connection>>) {
         if job.len() > SPLIT {
             let part = job.len().div_ceil(self.lanes.len());
             while job.len() > part {
                 let rest = job.split_off(job.len() - part);
-                self.enqueue(self.next.fetch_add(1, Ordering::Relaxed), rest);
+                self.enqueue(self.next_lane(), Job::Flush(rest.into_iter()));
             }
         }
-        // The lane of this worker runs right after the current task, on the same core.
-        let own = tokio::runtime::worker_index().unwrap_or_else(|| self.next.fetch_add(1, Ordering::Relaxed));
-        self.enqueue(own, job);
+        if !job.is_empty() {
+            self.enqueue(self.own_lane(), Job::Flush(job.into_iter()));
+        }
     }
 
-    fn enqueue(&self, index: usize, job: Vec<Arc<Connection>>) {
-        if job.is_empty() {
-            return;
+    fn submit_delivery(self: &Arc<Self>, channel: Arc<Channel<Arc<Connection>>>) {
+        let window = channel.window();
+        if window.is_zero() {
+            return self.enqueue(self.own_lane(), Job::Deliver(channel));
         }
+        let lanes = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(window).await;
+            lanes.enqueue(lanes.own_lane(), Job::Deliver(channel));
+        });
+    }
+
+    /// The lane of this worker runs right after the current task, on the same core.
+    fn own_lane(&self) -> usize {
+        tokio::runtime::worker_index().unwrap_or_else(|| self.next_lane())
+    }
+
+    fn next_lane(&self) -> usize {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn enqueue(&self, index: usize, job: Job) {
         let lane = &self.lanes[index % self.lanes.len()];
-        lane.jobs.lock().push_back(job.into_iter());
+        lane.jobs.lock().push_back(job);
         lane.waker.wake();
     }
 
@@ -123,12 +142,13 @@ impl Lanes {
     }
 
     /// Runs lane `index` for ever.
-    pub async fn run(&self, index: usize, metrics: &Metrics) {
-        let lane = &self.lanes[index];
+    pub async fn run(shared: &Shared, index: usize) {
+        let lanes = &shared.lanes;
+        let lane = &lanes.lanes[index];
         let mut writer = Writer::default();
         let mut flushed = 0;
         loop {
-            let mut job = match lane.take_job() {
+            let job = match lane.take_job() {
                 Some(job) => job,
                 None => {
                     let job = lane.next_job().await;
@@ -137,17 +157,29 @@ impl Lanes {
                     job
                 }
             };
-            flushed += flush_slice(&mut job, &mut writer, metrics);
-            if job.len() > 0 {
-                lane.jobs.lock().push_back(job);
+            match job {
+                Job::Deliver(channel) => deliver(&channel, shared),
+                Job::Flush(mut connections) => {
+                    flushed += flush_slice(&mut connections, &mut writer, &shared.metrics);
+                    if connections.len() > 0 {
+                        lane.jobs.lock().push_back(Job::Flush(connections));
+                    }
+                    lanes.made_progress();
+                }
             }
-            self.made_progress();
             if flushed >= SLICE {
                 flushed = 0;
                 tokio::task::yield_now().await;
             }
         }
     }
+}
+
+/// Pushes what a channel has gathered. Whoever publishes there next waits for those that are late.
+fn deliver(channel: &Channel<Arc<Connection>>, shared: &Shared) {
+    let mut fanout = Fanout::default();
+    channel.deliver(&mut fanout);
+    shared.submit(&mut fanout);
 }
 
 impl Lane {
@@ -165,7 +197,7 @@ impl Lane {
 }
 
 /// Flushes the next connections of a job; returns how many.
-fn flush_slice(job: &mut Job, writer: &mut Writer, metrics: &Metrics) -> usize {
+fn flush_slice(job: &mut IntoIter<Arc<Connection>>, writer: &mut Writer, metrics: &Metrics) -> usize {
     let started_us = clock::now_us();
     let before = job.len();
     for connection in job.by_ref().take(SLICE) {

@@ -96,7 +96,7 @@ pub struct Metrics {
     pub outbox_frames: Gauge,
     /// Bytes that wait in outboxes; a frame counts in each.
     pub outbox_bytes: Gauge,
-    /// Seconds from the lookup of a channel until its last outbox has the publication, or those that came in a row.
+    /// Seconds of a walk: until the last outbox has a publication, or those that were gathered.
     pub fanout: Histogram,
     /// Seconds from encoding a frame until the sockets of a flush slice had it; one sample a slice.
     pub publish_to_socket: Histogram,
@@ -194,9 +194,9 @@ impl Metrics {
         self.refused[why as usize].inc();
     }
 
-    /// Counts publications that came in.
-    pub fn publications(&self, source: Source, number: usize) {
-        self.publications[source as usize].inc_by(number as u64);
+    /// Counts a publication that came in.
+    pub fn publication(&self, source: Source) {
+        self.publications[source as usize].inc();
     }
 
     /// Counts drops.

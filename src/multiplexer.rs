@@ -218,12 +218,12 @@ impl<'a> Turn<'a> {
             let Some(arrival) = self.inbox.pop() else { break };
             self.take(arrival, &mut fanout);
             if fanout.needs_pause() {
-                self.broker.deliver_bundle(Source::Redis, &mut fanout);
+                self.broker.deliver(&mut fanout);
                 self.broker.settle(&mut fanout).await;
                 tokio::task::yield_now().await;
             }
         }
-        self.broker.deliver_bundle(Source::Redis, &mut fanout);
+        self.broker.deliver(&mut fanout);
         self.broker.shared.metrics.dropped(DropReason::RedisQueueFull, self.inbox.take_dropped_count());
         for name in self.inbox.take_dropped() {
             if let Some(channel) = self.channel(&name) {
@@ -234,13 +234,11 @@ impl<'a> Turn<'a> {
     }
 
     fn take(&mut self, arrival: Arrival, fanout: &mut Fanout<Arc<Connection>>) {
-        let is_publication = matches!(&arrival, Arrival::Message { channel, .. } if channel != self.control.as_bytes());
-        if !is_publication {
-            self.broker.deliver_bundle(Source::Redis, fanout);
-        }
         match arrival {
             Arrival::Message { channel, payload, .. } if channel == self.control.as_bytes() => {
-                self.control_back(&payload)
+                // A fence stands for everything before it.
+                self.broker.deliver(fanout);
+                self.control_back(&payload);
             }
             Arrival::Message { channel, payload, after_gap } => {
                 let Some(name) = self.settings.channel_name(&channel) else { return };
@@ -270,7 +268,6 @@ impl<'a> Turn<'a> {
     }
 
     fn tell_gap(&self, channel: &Channel<Arc<Connection>>, fanout: &mut Fanout<Arc<Connection>>) {
-        self.broker.deliver_bundle(Source::Redis, fanout);
         channel.tell_gap(fanout);
         self.broker.shared.metrics.gaps.inc();
     }

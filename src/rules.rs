@@ -90,6 +90,12 @@ impl ChannelRules {
         self
     }
 
+    /// Whether any channel coalesces.
+    pub fn coalesces(&self) -> bool {
+        let has_window = |rule: &ChannelRule| rule.coalesce.is_some_and(|window| !window.is_zero());
+        !self.coalesce.is_zero() || self.rules.iter().any(has_window)
+    }
+
     /// The window of channels whose rule names none.
     pub fn coalesce_default(&self) -> Duration {
         self.coalesce

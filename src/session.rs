@@ -283,8 +283,8 @@ impl Session {
     }
 
     fn submit(&mut self, fanout: &mut Fanout<Arc<Connection>>) {
-        self.deliver_bundle(fanout);
-        let late = self.connection.shared().lanes.submit(fanout);
+        self.answer(fanout);
+        let late = self.connection.shared().submit(fanout);
         self.late.extend(late);
     }
 
@@ -344,7 +344,7 @@ impl Session {
             return;
         }
         if !matches!(request.command, Ok(Command::Publish { .. })) {
-            self.deliver_bundle(fanout);
+            self.answer(fanout);
         }
         match request.command {
             Err(refusal) => self.reply(&event::error(id, &refusal, None), fanout),
@@ -418,10 +418,10 @@ impl Session {
         broker.check_size(data.as_bytes())?;
         let Some(publisher) = &broker.publisher else {
             broker.gather(channel, Payload::Json(data), Source::Socket, fanout);
-            fanout.bundle.answers.extend(id.map(event::published));
+            fanout.answers.extend(id.map(event::published));
             return Ok(());
         };
-        broker.shared.metrics.publications(Source::Socket, 1);
+        broker.shared.metrics.publication(Source::Socket);
         let reply = Reply::Socket(Arc::clone(&self.connection), id.map(Into::into));
         let job = Job::new(channel, data.as_bytes(), reply);
         // Once one publish waits, the next ones wait behind it.
@@ -433,11 +433,13 @@ impl Session {
         Ok(())
     }
 
-    /// Delivers what was published in a row, then answers it.
-    fn deliver_bundle(&self, fanout: &mut Fanout<Arc<Connection>>) {
-        self.context.broker.deliver_bundle(Source::Socket, fanout);
-        for answer in std::mem::take(&mut fanout.bundle.answers) {
-            fanout.push(&self.connection, &answer);
+    /// Answers the publishes in a row that asked for it, once they are delivered.
+    fn answer(&self, fanout: &mut Fanout<Arc<Connection>>) {
+        if !fanout.answers.is_empty() {
+            self.context.broker.deliver(fanout);
+            for answer in std::mem::take(&mut fanout.answers) {
+                self.reply(&answer, fanout);
+            }
         }
     }
 

@@ -12,7 +12,7 @@ use hubcast::publication::Format;
 use hubcast::rules::ChannelRules;
 use hubcast::writer::{Transport, Writer};
 
-pub(crate) const LIMITS: Limits = Limits { messages: 1024, bytes: 1 << 20 };
+const LIMITS: Limits = Limits { messages: 1024, bytes: 1 << 20 };
 
 /// The channel that everybody is in.
 pub(crate) const CHANNEL: &str = "c";
@@ -28,6 +28,10 @@ impl Subscriber for Bare {
 
     fn push(&self, frame: &Arc<Frame>) -> Push {
         self.0.push(frame, &LIMITS)
+    }
+
+    fn has_room(&self) -> bool {
+        self.0.has_room(&LIMITS)
     }
 }
 
@@ -47,6 +51,13 @@ impl Transport for Sink {
     }
 }
 
+/// Delivers what was gathered, as a lane does.
+pub(crate) fn deliver(fanout: &mut Fanout<Bare>) {
+    for channel in std::mem::take(&mut fanout.gathered) {
+        channel.deliver(fanout);
+    }
+}
+
 /// A hub with one channel and its subscribers.
 pub(crate) struct World {
     pub(crate) hub: Arc<Hub<Bare>>,
@@ -57,7 +68,7 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new(subscribers: usize) -> Self {
-        let hub = Hub::local(ChannelRules::default());
+        let hub = Hub::local(ChannelRules::default(), LIMITS);
         let outboxes: Vec<_> = (0..subscribers).map(|_| Bare::default()).collect();
         let join = |outbox: &Bare| {
             let mut subscriptions = Subscriptions::new(Arc::clone(&hub), outbox.clone());

@@ -1,12 +1,16 @@
-//! Publications that arrive in a row are pushed together; nobody but the processor notices.
+//! Publications of one channel that wait at the same time are pushed together; nobody but the processor notices.
 
 use std::io::{self, IoSlice};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use hubcast::channel::{Fanout, Subscriber};
 use hubcast::close::CloseReason;
 use hubcast::frame::Frame;
+use hubcast::hub::{Hub, Subscriptions};
 use hubcast::outbox::{Flushed, Limits, Outbox, Phase, Push};
 use hubcast::publication::{Format, Payload, Publication};
+use hubcast::rules::ChannelRules;
 use hubcast::writer::{Transport, Writer};
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
@@ -14,7 +18,7 @@ use tokio_tungstenite::tungstenite::Message;
 use crate::harness::{Client, await_metric, gateway, metric};
 use crate::slow::Scripted;
 
-fn publish(channel: &str, data: &Value, id: Option<usize>) -> String {
+fn publish(channel: &str, data: &Value, id: Option<i32>) -> String {
     let mut command = json!({"type": "publish", "channel": channel, "data": data});
     if let Some(id) = id {
         command["id"] = id.into();
@@ -36,7 +40,7 @@ async fn publications_in_a_row_arrive_one_by_one_in_order_and_are_answered() {
     let mut publisher = Client::subscribed(&gateway, "c").await;
     let long = "x".repeat(5_000);
     let mut expected = (Vec::new(), Vec::new());
-    for n in 0..300 {
+    for n in 0..300_i32 {
         let data = if n % 50 == 7 { json!([n, long]) } else { json!([n]) };
         let (channel, list) = if n % 90 < 75 { ("c", &mut expected.0) } else { ("d", &mut expected.1) };
         publisher.feed_text(&publish(channel, &data, (n % 3 == 0).then_some(n))).await;
@@ -50,18 +54,28 @@ async fn publications_in_a_row_arrive_one_by_one_in_order_and_are_answered() {
     for data in &expected.1 {
         on_d.expect(&event("d", data)).await;
     }
-    // The publisher has its own events in order, and after each that it asked for, at some point, the answer.
-    let (mut events, mut answers) = (expected.0.iter(), (0..300).step_by(3));
-    loop {
+    // The publisher has its own events in order, each that it asked for before the answer.
+    let (mut events, mut answers, mut pongs) = (expected.0.iter(), (0..300_i32).step_by(3), 0);
+    let mut last = json!([-1]);
+    while events.len() + answers.len() > 0 || pongs == 0 {
         let frame = publisher.json().await;
         match frame["type"].as_str() {
-            Some("event") => assert_eq!(frame["data"], *events.next().unwrap()),
-            Some("published") => assert_eq!(frame["id"], answers.next().unwrap()),
-            Some("pong") => break,
+            Some("event") => {
+                last = events.next().unwrap().clone();
+                assert_eq!(frame["data"], last);
+            }
+            Some("published") => {
+                let n = answers.next().unwrap();
+                assert_eq!(frame["id"], n);
+                assert!(
+                    n % 90 >= 75 || last[0].as_i64().unwrap() >= i64::from(n),
+                    "{n} was answered before it arrived"
+                );
+            }
+            Some("pong") => pongs += 1,
             _ => panic!("{frame}"),
         }
     }
-    assert_eq!((events.len(), answers.len()), (0, 0), "the pong came before them");
     assert_eq!(metric(&gateway, r#"hubcast_publications_total{source="socket"}"#).await, 300.0);
     let deliveries = (expected.0.len() * 3 + expected.1.len()) as f64;
     assert_eq!(metric(&gateway, "hubcast_deliveries_total").await, deliveries);
@@ -69,7 +83,7 @@ async fn publications_in_a_row_arrive_one_by_one_in_order_and_are_answered() {
     await_metric(&gateway, "hubcast_frames_sent_total", deliveries + 107.0).await;
 }
 
-/// What follows a publish in the same segment finds it done.
+/// What follows a publish to the same channel finds it done.
 #[tokio::test(flavor = "multi_thread")]
 async fn other_commands_come_after_the_publishes_before_them() {
     let gateway = gateway(&[]);
@@ -151,4 +165,42 @@ fn a_bundle_that_cannot_be_sent_is_counted_by_message() {
         assert_eq!((writer.frames_sent, outbox.fail()), (sent, dropped), "{taken} bytes taken");
         assert_eq!((outbox.phase(), outbox.depth()), (Phase::Failed, (0, 0)));
     }
+}
+
+/// Its outbox is above its bounds as long as it says so.
+#[derive(Clone)]
+struct Behind(Arc<AtomicBool>);
+
+impl Subscriber for Behind {
+    fn format(&self) -> Format {
+        Format::Json
+    }
+
+    fn push(&self, _frame: &Arc<Frame>) -> Push {
+        if self.has_room() { Push::Queued } else { Push::Late }
+    }
+
+    fn has_room(&self) -> bool {
+        !self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// The publisher is gone when the lane finds out that a subscriber is late: the next one waits for it.
+#[test]
+fn whoever_publishes_next_waits_for_a_subscriber_that_is_late() {
+    let hub = Hub::local(ChannelRules::default(), LIMITS);
+    let is_behind = Arc::new(AtomicBool::new(true));
+    let mut subscriptions = Subscriptions::new(Arc::clone(&hub), Behind(Arc::clone(&is_behind)));
+    subscriptions.subscribe("c", None, &mut Fanout::default());
+    let has_to_wait = || {
+        let mut fanout = Fanout::default();
+        hub.gather("c", Payload::Json("1"), &mut fanout);
+        fanout.needs_pause()
+    };
+    assert!(!has_to_wait(), "nobody knows yet");
+    hub.channel("c").unwrap().deliver(&mut Fanout::default());
+    assert!(has_to_wait());
+    assert!(has_to_wait());
+    is_behind.store(false, Ordering::Relaxed);
+    assert!(!has_to_wait());
 }

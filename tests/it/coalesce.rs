@@ -5,7 +5,7 @@ use std::time::Instant;
 use hubcast::gateway::Gateway;
 use serde_json::json;
 
-use crate::harness::{Client, await_metric, gateway, metric, publish};
+use crate::harness::{Client, await_metric, gateway, http, metric, publish};
 
 const EVERYWHERE: (&str, &str) = ("HUBCAST_COALESCE", "100ms");
 
@@ -91,14 +91,35 @@ async fn a_burst_above_the_outbox_in_one_window_closes_nobody_and_loses_nothing(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_waits_for_the_window_at_most_and_keeps_its_place() {
+async fn answers_and_other_channels_do_not_wait_for_the_window() {
+    let gateway = gateway(&[("HUBCAST_CHANNEL_RULES", r#"[{"match":"c","coalesce":"100ms","client_publish":true}]"#)]);
+    let mut client = Client::subscribed(&gateway, "c").await;
+    client.feed_text(&json!({"type": "subscribe", "channel": "d"}).to_string()).await;
+    client.feed_text(&json!({"type": "publish", "channel": "c", "data": 1, "id": 7}).to_string()).await;
+    client.feed_text(&json!({"type": "unsubscribe", "channel": "d"}).to_string()).await;
+    client.send(&json!({"type": "ping"})).await;
+    client.expect(&json!({"type": "subscribed", "channel": "d"})).await;
+    client.expect(&json!({"type": "published", "id": 7})).await;
+    client.expect(&json!({"type": "unsubscribed", "channel": "d"})).await;
+    client.expect(&json!({"type": "pong"})).await;
+    client.expect(&json!({"type": "event", "channel": "c", "data": 1})).await;
+}
+
+/// In the channel's own order everything waits for what was published before.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_leaves_in_the_window_gets_what_was_published_before() {
     let gateway = gateway(&[EVERYWHERE]);
     let mut client = Client::subscribed(&gateway, "c").await;
-    client.send(&json!({"type": "publish", "channel": "c", "data": 1, "id": 7})).await;
-    client.send(&json!({"type": "ping"})).await;
+    publish(&gateway, "c", b"1").await;
+    client.send(&json!({"type": "unsubscribe", "channel": "c"})).await;
     client.expect(&json!({"type": "event", "channel": "c", "data": 1})).await;
-    client.expect(&json!({"type": "published", "id": 7})).await;
-    client.expect(&json!({"type": "pong"})).await;
+    client.expect(&json!({"type": "unsubscribed", "channel": "c"})).await;
+    let mut other = Client::subscribed(&gateway, "d").await;
+    publish(&gateway, "d", b"2").await;
+    let body = json!({"channel": "d"}).to_string();
+    assert_eq!(http(&gateway, "POST /api/disconnect", "", body.as_bytes()).await.status, 200);
+    other.expect(&json!({"type": "event", "channel": "d", "data": 2})).await;
+    assert_eq!(other.close_frame().await.0, 1008);
 }
 
 #[tokio::test(flavor = "multi_thread")]

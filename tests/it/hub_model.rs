@@ -8,8 +8,8 @@ use hubcast::event;
 use hubcast::frame::Frame;
 use hubcast::hub::{Hub, Subscriptions};
 use hubcast::members::Members;
-use hubcast::outbox::Push;
-use hubcast::publication::{Format, Payload, Publication};
+use hubcast::outbox::{Limits, Push};
+use hubcast::publication::{Format, Payload};
 use hubcast::rules::ChannelRules;
 use hubcast::upstream::Step;
 use parking_lot::Mutex;
@@ -40,14 +40,25 @@ impl Subscriber for Recorder {
         assert!(bytes.is_empty());
         Push::Queued
     }
+
+    fn has_room(&self) -> bool {
+        true
+    }
 }
+
+/// Most publications that wait in a channel.
+const BUNDLE: usize = 4;
+
+const LIMITS: Limits = Limits { messages: 8 * BUNDLE, bytes: 1 << 20 };
 
 #[derive(Clone, Copy, Debug)]
 enum Op {
     Subscribe(usize, usize),
     Unsubscribe(usize, usize),
-    /// As many messages in a row.
-    Publish(usize, usize),
+    /// It waits in its channel.
+    Publish(usize),
+    /// What waits there is pushed.
+    Deliver(usize),
     /// The connection is lost and a new one takes its place.
     Lose(usize),
     /// The multiplexer sends what is due; Redis confirms later.
@@ -64,7 +75,8 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
     let op = prop_oneof![
         5 => (client.clone(), channel.clone()).prop_map(|(who, channel)| Op::Subscribe(who, channel)),
         4 => (client.clone(), channel.clone()).prop_map(|(who, channel)| Op::Unsubscribe(who, channel)),
-        5 => (channel, 1..4_usize).prop_map(|(channel, messages)| Op::Publish(channel, messages)),
+        5 => channel.clone().prop_map(Op::Publish),
+        2 => channel.prop_map(Op::Deliver),
         1 => client.prop_map(Op::Lose),
         4 => Just(Op::Reconcile),
         4 => Just(Op::Confirm),
@@ -85,6 +97,8 @@ struct Model {
     at_redis: BTreeSet<usize>,
     outstanding: Vec<(usize, bool)>,
     owes_gap: BTreeSet<usize>,
+    /// What waits in each channel.
+    gathered: BTreeMap<usize, Vec<usize>>,
 }
 
 fn name(channel: usize) -> String {
@@ -93,7 +107,7 @@ fn name(channel: usize) -> String {
 
 fn check(with_redis: bool, ops: &[Op]) {
     let rules = ChannelRules::default();
-    let hub = if with_redis { Hub::with_upstream(rules) } else { Hub::local(rules) };
+    let hub = if with_redis { Hub::with_upstream(rules, LIMITS) } else { Hub::local(rules, LIMITS) };
     let new_client = || {
         let recorder = Recorder::default();
         (recorder.clone(), Subscriptions::new(Arc::clone(&hub), recorder))
@@ -107,6 +121,7 @@ fn check(with_redis: bool, ops: &[Op]) {
             Op::Subscribe(who, channel) => {
                 let reply = event::subscribed(Some(&number.to_string()), &name(channel));
                 let was_taken = clients[who].1.subscribe(&name(channel), Some(&reply), &mut fanout);
+                model.deliver(channel, &mut expected);
                 let answer = format!(r#"{{"type":"subscribed","id":{number},"channel":"c{channel}"}}"#);
                 if model.is_live(channel) && !model.waits(channel, who) || model.is_joined(channel, who) {
                     model.joined.entry(channel).or_default().insert(who);
@@ -117,21 +132,24 @@ fn check(with_redis: bool, ops: &[Op]) {
             }
             Op::Unsubscribe(who, channel) => {
                 let reply = event::unsubscribed(None, &name(channel));
-                clients[who].1.unsubscribe(&name(channel), &reply, &mut fanout);
+                if clients[who].1.unsubscribe(&name(channel), &reply, &mut fanout) {
+                    model.deliver(channel, &mut expected);
+                }
                 model.leave(channel, who);
                 expected[who].push(format!(r#"{{"type":"unsubscribed","channel":"c{channel}"}}"#));
             }
-            Op::Publish(channel, messages) => {
-                let data: Vec<_> = (0..messages).map(|message| format!("[{number},{message}]")).collect();
-                let payloads: Vec<_> = data.iter().map(|data| Payload::Json(data)).collect();
-                let delivered = hub.publish(&Publication::new(&name(channel), &payloads), &mut fanout);
-                let joined = model.joined.get(&channel).cloned().unwrap_or_default();
-                assert_eq!(delivered, joined.len() * messages);
-                for who in joined {
-                    let events =
-                        data.iter().map(|d| format!(r#"{{"type":"event","channel":"c{channel}","data":{d}}}"#));
-                    expected[who].extend(events);
+            Op::Publish(channel) => {
+                if model.gathered.get(&channel).is_some_and(|gathered| gathered.len() == BUNDLE) {
+                    model.deliver(channel, &mut expected);
                 }
+                if hub.channel(&name(channel)).is_some() {
+                    model.gathered.entry(channel).or_default().push(number);
+                }
+                hub.gather(&name(channel), Payload::Json(&number.to_string()), &mut fanout);
+            }
+            Op::Deliver(channel) => {
+                hub.channel(&name(channel)).inspect(|channel| channel.deliver(&mut fanout));
+                model.deliver(channel, &mut expected);
             }
             Op::Lose(who) => {
                 clients[who] = new_client();
@@ -157,6 +175,7 @@ fn check(with_redis: bool, ops: &[Op]) {
                 let channel = hub.channel(&name(at)).expect("a channel with an operation outstanding is kept");
                 if is_subscribe {
                     hub.confirm_subscribe(&channel, &mut fanout);
+                    model.deliver(at, &mut expected);
                     model.at_redis.insert(at);
                     model.confirm(at, &clients, &mut expected);
                 } else {
@@ -219,6 +238,15 @@ impl Model {
     /// Live: Redis has it and was not asked to give it up.
     fn is_live(&self, channel: usize) -> bool {
         !self.with_redis || self.at_redis.contains(&channel) && !self.outstanding.contains(&(channel, false))
+    }
+
+    /// What waits is pushed to all members.
+    fn deliver(&mut self, channel: usize, expected: &mut [Vec<String>]) {
+        for number in self.gathered.remove(&channel).unwrap_or_default() {
+            for who in self.joined.get(&channel).into_iter().flatten() {
+                expected[*who].push(format!(r#"{{"type":"event","channel":"c{channel}","data":{number}}}"#));
+            }
+        }
     }
 
     fn leave(&mut self, channel: usize, who: usize) {
