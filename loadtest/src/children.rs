@@ -23,8 +23,14 @@ const WAKER: Token = Token(usize::MAX);
 #[derive(Serialize, Deserialize)]
 enum Order {
     Connect(Plan),
-    Begin { interval_us: u64 },
-    Finish { published: u64 },
+    Begin {
+        interval_us: u64,
+    },
+    /// Drop all connections and come back.
+    DropAll,
+    Finish {
+        published: u64,
+    },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -109,6 +115,14 @@ impl Children {
     /// How many publications have reached everybody.
     pub(crate) fn completed(&self) -> Option<u64> {
         self.children.iter().map(|child| child.done).min()
+    }
+
+    /// Has all connections drop and come back.
+    pub(crate) fn drop_all(&mut self) -> anyhow::Result<()> {
+        self.children.iter_mut().try_for_each(|child| {
+            child.live = None;
+            child.order(&Order::DropAll)
+        })
     }
 
     /// Starts new tallies.
@@ -199,6 +213,10 @@ pub(crate) fn run() -> anyhow::Result<()> {
                 Ok(Order::Begin { interval_us }) => {
                     swarm.begin(interval_us);
                     answer(&Answer::Begun)?;
+                }
+                Ok(Order::DropAll) => {
+                    swarm.drop_all();
+                    is_connected = false;
                 }
                 Ok(Order::Finish { published }) => {
                     swarm.finish(published);

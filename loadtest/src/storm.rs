@@ -1,16 +1,16 @@
 //! `storm`: all connections drop at once and come back, while a few witnesses go on listening.
 
-use anyhow::bail;
 use clap::Args;
 use mio::Registry;
 use mio::event::Event;
 
+use crate::children::Children;
 use crate::machine::now_us;
 use crate::options::{Crowd, Target, rate};
 use crate::publisher::Pace;
 use crate::report::Report;
 use crate::swarm::Swarm;
-use crate::world::{COMPANION_TOKENS, Companion, World, plan};
+use crate::world::{CHILD_TOKENS, COMPANION_TOKENS, Companion, World, check_files, plan};
 
 /// When the storm begins, in seconds.
 const CALM_S: f64 = 1.0;
@@ -33,7 +33,9 @@ pub(crate) struct Options {
 }
 
 struct Storm {
+    /// Those of this process, and those of others.
     swarm: Swarm,
+    children: Children,
     begins_us: u64,
     broke_us: Option<u64>,
     back_us: Option<u64>,
@@ -45,12 +47,14 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     report.set("witnesses", options.witnesses);
     report.set("schedule", format!("open loop, {} a second, {} s", options.rate, options.seconds));
     let witnesses = Crowd { subscribers: options.witnesses.into(), channels: 1, subscriptions: 1, ..options.crowd };
-    if options.target.processes > 1 {
-        bail!("a storm comes from one process");
-    }
-    let mut world = World::connect(&options.target, &witnesses)?;
+    check_files(&options.target, &options.crowd)?;
+    let mut alone = options.target.clone();
+    alone.processes = 1;
+    let mut world = World::connect(&alone, &witnesses)?;
+    let mut plans: Vec<_> = (0..options.target.processes).map(|at| plan(&options.target, &options.crowd, at)).collect();
     let mut storm = Storm {
-        swarm: Swarm::new(plan(&options.target, &options.crowd, 0), COMPANION_TOKENS, 1_000_000),
+        swarm: Swarm::new(plans.remove(0), COMPANION_TOKENS, 1_000_000),
+        children: Children::start(plans, CHILD_TOKENS, world.registry())?,
         begins_us: u64::MAX,
         broke_us: None,
         back_us: None,
@@ -65,7 +69,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         Some((broke, back)) => {
             let seconds = (back - broke) as f64 / 1e6;
             report.figure("last re-subscribe after", seconds * 1e3, "ms");
-            report.figure("re-subscribes", storm.swarm.live() as f64 / seconds, "/s");
+            let live = storm.swarm.live() + storm.children.live().unwrap_or(0);
+            report.figure("re-subscribes", live as f64 / seconds, "/s");
         }
         None => report.notes.push("Not everybody was back when the run ended: give it more --seconds.".into()),
     }
@@ -78,22 +83,23 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
 
 impl Companion for Storm {
     fn ready(&mut self, event: &Event, registry: &Registry) -> anyhow::Result<bool> {
-        self.swarm.ready(event.token(), registry)
+        Ok(self.swarm.ready(event.token(), registry)? || self.children.ready(event.token())?)
     }
 
     fn tick(&mut self, now_us: u64, registry: &Registry) -> anyhow::Result<()> {
         if self.broke_us.is_none() && now_us >= self.begins_us {
+            self.children.drop_all()?;
             self.swarm.drop_all();
             self.broke_us = Some(now_us);
         }
         self.swarm.connect_more(registry)?;
-        if self.broke_us.is_some() && self.back_us.is_none() && self.swarm.is_settled() {
+        if self.broke_us.is_some() && self.back_us.is_none() && self.is_settled() {
             self.back_us = Some(now_us);
         }
         Ok(())
     }
 
     fn is_settled(&self) -> bool {
-        self.swarm.is_settled()
+        self.swarm.is_settled() && self.children.live().is_some()
     }
 }

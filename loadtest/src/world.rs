@@ -18,7 +18,8 @@ use crate::tally::Tally;
 /// Tokens: subscribers from 0, then those of a companion, then the rest.
 pub(crate) const COMPANION_TOKENS: usize = 1 << 24;
 const PUBLISHER_TOKENS: usize = 1 << 25;
-const CHILD_TOKENS: usize = 1 << 26;
+/// Of a companion's processes, where the world has none.
+pub(crate) const CHILD_TOKENS: usize = 1 << 26;
 const ALARM: Token = Token(usize::MAX);
 
 /// A run ends when nothing has arrived for this long.
@@ -109,14 +110,20 @@ pub(crate) struct Sample {
     pub own: f64,
 }
 
+/// Whether every process may open as many files as it needs.
+pub(crate) fn check_files(target: &Target, crowd: &Crowd) -> anyhow::Result<()> {
+    let files = raise_file_limit();
+    let per_process = crowd.subscribers.div_ceil(target.processes) as u64 + target.publishers as u64;
+    if per_process + FILES_RESERVED > files {
+        bail!("{per_process} connections need more than the {files} files of one process: use --processes");
+    }
+    Ok(())
+}
+
 impl World {
     /// Connects everybody.
     pub(crate) fn connect(target: &Target, crowd: &Crowd) -> anyhow::Result<Self> {
-        let files = raise_file_limit();
-        let per_process = crowd.subscribers.div_ceil(target.processes) as u64 + target.publishers as u64;
-        if per_process + FILES_RESERVED > files {
-            bail!("{per_process} connections need more than the {files} files of one process: use --processes");
-        }
+        check_files(target, crowd)?;
         if crowd.channels > crowd.subscribers * crowd.subscriptions || crowd.subscriptions > crowd.channels {
             bail!("every channel needs a subscriber, and a subscriber different channels");
         }
@@ -174,6 +181,11 @@ impl World {
         let server_kib = rss_after.zip(rss).map(|(after, before)| after.saturating_sub(before));
         self.connected = Connected { connections: live, seconds, server_nanos, server_kib };
         Ok(())
+    }
+
+    /// Where a companion registers what it waits for.
+    pub(crate) fn registry(&self) -> &Registry {
+        self.poll.registry()
     }
 
     /// Waits until a companion has connected.

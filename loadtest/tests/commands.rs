@@ -77,10 +77,14 @@ fn each_delivery_is_counted_whatever_the_shape() {
 #[test]
 fn a_storm_brings_everybody_back() {
     let floor = Floor::start();
-    let output = loadtest("storm --subscribers 50 --witnesses 2 --seconds 2", &floor.1);
-    let report = report(&output);
-    assert!(figure(&report, "last re-subscribe after") > 0.0);
-    assert_eq!(figure(&report, "lost"), 0.0);
+    for processes in [1, 3] {
+        let storm = format!("storm --subscribers 50 --processes {processes} --witnesses 2 --seconds 2");
+        let report = report(&loadtest(&storm, &floor.1));
+        let seconds = figure(&report, "last re-subscribe after") / 1e3;
+        assert!(seconds > 0.0);
+        assert_eq!((figure(&report, "re-subscribes") * seconds).round(), 50.0, "{processes} processes");
+        assert_eq!(figure(&report, "lost"), 0.0);
+    }
 }
 
 #[test]
