@@ -3,6 +3,7 @@
 //! - `POST /api/publish` `{"channel"|"channels","data"}` or `{"messages":[{"channel","data"}]}`
 //! - `POST /api/publish/{channel}` with the payload as the body
 //! - `GET /api/channels?prefix=&limit=&page=`, `GET /api/channels/{channel}`
+//! - `GET /api/instances`
 //! - `GET /api/connections?channel=&instance=&limit=&page=`
 //! - `POST /api/disconnect` `{"connection_id"|"channel","code"?,"reason"?}`
 //! - `GET /metrics`, `GET /livez`, `GET /readyz` (these three without a key)
@@ -30,6 +31,7 @@ use crate::close::CloseReason;
 use crate::connection::Connection;
 use crate::protocol::{self, ErrorCode, Refusal};
 use crate::publication::Payload;
+use crate::registry::Roll;
 
 /// A batch may be as large as this many single payloads of the largest size.
 const BATCH_PAYLOADS: usize = 16;
@@ -88,6 +90,7 @@ impl Api {
             (_, Some("publish")) => self.publish(request).await,
             (_, Some("disconnect")) => self.disconnect(request).await,
             (_, Some("channels")) => self.channels(&Query::of(&request)),
+            (_, Some("instances")) => self.instances().await,
             (_, Some("connections")) => self.connections(&Query::of(&request)),
             (_, Some(route)) => match route.split_once('/') {
                 Some(("publish", channel)) => self.publish_body(channel, request).await,
@@ -241,6 +244,24 @@ impl Api {
         });
         let connections: Vec<_> = listed.values().map(|connection| connection_json(connection)).collect();
         Ok(json_response(StatusCode::OK, &json!({ "connections": connections, "page": page.flatten() })))
+    }
+
+    /// The live instances: this one alone without Redis.
+    async fn instances(&self) -> Answer {
+        let shared = &self.broker.shared;
+        let records = match &shared.registry {
+            None => vec![(shared.instance_id.to_string(), Roll::instance(&**shared))],
+            Some(registry) => registry.instances().await.map_err(|_| Refusal::unavailable())?,
+        };
+        let mut instances: Vec<_> = records
+            .into_iter()
+            .map(|(id, mut record)| {
+                record["instance_id"] = id.into();
+                record
+            })
+            .collect();
+        instances.sort_by(|a, b| a["instance_id"].as_str().cmp(&b["instance_id"].as_str()));
+        Ok(json_response(StatusCode::OK, &json!({ "instances": instances })))
     }
 
     async fn disconnect(&self, request: Request<Incoming>) -> Answer {

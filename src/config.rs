@@ -52,6 +52,11 @@ pub const VARIABLES: &[Variable] = &[
         "hub:",
         "Goes before every channel name at Redis, so that other users of it do not collide.",
     ),
+    variable(
+        "HUBCAST_REDIS_KEY_PREFIX",
+        "ws:",
+        "Goes before every key at Redis: the registry of instances and connections.",
+    ),
     variable("HUBCAST_WORKER_THREADS", "", "Worker threads. Default: one per core that the process may use."),
     variable(
         "HUBCAST_CONNECTIONS_MAX",
@@ -121,6 +126,10 @@ pub struct Config {
     pub redis_url: Option<String>,
     /// `HUBCAST_REDIS_CHANNEL_PREFIX`
     pub redis_channel_prefix: String,
+    /// `HUBCAST_REDIS_KEY_PREFIX`
+    pub redis_key_prefix: String,
+    /// How long the registry keeps an instance that does not renew its lease; not a variable, for tests.
+    pub registry_lease: Duration,
     /// How often a probe goes through Redis; not a variable, for tests.
     pub redis_probe_interval: Duration,
     /// `HUBCAST_WORKER_THREADS`
@@ -189,6 +198,8 @@ impl Config {
             api_keys: values.get("HUBCAST_API_KEYS", "a comma list of keys", |list| Some(comma_list(list)))?,
             redis_url: values.get("HUBCAST_REDIS_URL", "redis://[user:password@]host:port[/db]", redis_url)?,
             redis_channel_prefix: values.text("HUBCAST_REDIS_CHANNEL_PREFIX"),
+            redis_key_prefix: values.text("HUBCAST_REDIS_KEY_PREFIX"),
+            registry_lease: Duration::from_secs(30),
             redis_probe_interval: Duration::from_secs(5),
             worker_threads: values.get("HUBCAST_WORKER_THREADS", "a number from 1 to 1024", |text| match text {
                 "" => Some(std::thread::available_parallelism().map_or(1, usize::from)),
@@ -257,6 +268,7 @@ impl Config {
                     "HUBCAST_API_KEYS" => self.api_keys.iter().map(|key| mask(key)).collect::<Vec<_>>().join(","),
                     "HUBCAST_REDIS_URL" => self.redis_url.as_deref().map(masked_url).unwrap_or_default(),
                     "HUBCAST_REDIS_CHANNEL_PREFIX" => self.redis_channel_prefix.clone(),
+                    "HUBCAST_REDIS_KEY_PREFIX" => self.redis_key_prefix.clone(),
                     "HUBCAST_WORKER_THREADS" => self.worker_threads.to_string(),
                     "HUBCAST_CONNECTIONS_MAX" => connections_max.to_string(),
                     "HUBCAST_PING_INTERVAL" => time(self.ping_interval),

@@ -19,6 +19,7 @@ use crate::lanes::Lanes;
 use crate::metrics::{Drop as DropReason, Metrics};
 use crate::outbox::{self, Flushed, Outbox, Phase, Push};
 use crate::publication::Format;
+use crate::registry::Registry;
 use crate::writer::{Transport, Writer};
 
 /// What all connections share.
@@ -34,9 +35,20 @@ pub struct Shared {
     pub connections: Connections,
     /// This boot of this instance: 16 hexadecimal digits.
     pub instance_id: Box<str>,
+    /// When it booted, in milliseconds since 1970.
+    pub started_ms: u64,
+    /// Where connections are known to other instances; with Redis only.
+    pub registry: Option<Arc<Registry>>,
 }
 
 impl Shared {
+    /// Has the registry look at a connection.
+    fn register(&self, number: u64) {
+        if let Some(registry) = &self.registry {
+            registry.note(number);
+        }
+    }
+
     /// Sets in motion what a fan-out came to; returns the connections that were late: the caller publishes no
     /// more until [`Lanes::room`] returns.
     pub fn submit(&self, fanout: &mut Fanout<Arc<Connection>>) -> Vec<Arc<Connection>> {
@@ -54,6 +66,7 @@ pub type Connections = DashMap<u64, Arc<Connection>>;
 pub struct Connection {
     number: u64,
     remote: SocketAddr,
+    user: Option<Box<str>>,
     format: Format,
     socket: TcpStream,
     outbox: Outbox,
@@ -89,11 +102,19 @@ pub enum Wake {
 
 impl Connection {
     /// Opens a connection on an upgraded socket. The first ping is due at `ping_due_us`.
-    pub fn open(shared: Arc<Shared>, socket: TcpStream, remote: SocketAddr, format: Format, ping_due_us: u64) -> Open {
+    pub fn open(
+        shared: Arc<Shared>,
+        socket: TcpStream,
+        remote: SocketAddr,
+        user: Option<Box<str>>,
+        format: Format,
+        ping_due_us: u64,
+    ) -> Open {
         let now_us = clock::now_us();
         let connection = Arc::new(Self {
             number: NEXT_NUMBER.fetch_add(1, Ordering::Relaxed),
             remote,
+            user,
             format,
             socket,
             outbox: Outbox::default(),
@@ -108,6 +129,7 @@ impl Connection {
         });
         let shared = &connection.shared;
         shared.connections.insert(connection.number, Arc::clone(&connection));
+        shared.register(connection.number);
         shared.metrics.connections.inc();
         shared.metrics.connections_total.inc();
         Open(connection)
@@ -131,6 +153,16 @@ impl Connection {
     /// The peer's address.
     pub fn remote(&self) -> SocketAddr {
         self.remote
+    }
+
+    /// Whose it is, as the client says.
+    pub fn user(&self) -> Option<&str> {
+        self.user.as_deref()
+    }
+
+    /// When it was opened, in milliseconds since 1970.
+    pub fn connected_ms(&self) -> u64 {
+        clock::unix_ms(self.opened_us)
     }
 
     /// The socket, for reading and for options.
@@ -325,6 +357,7 @@ impl Drop for Open {
     fn drop(&mut self) {
         let shared = &self.0.shared;
         shared.connections.remove(&self.0.number);
+        shared.register(self.0.number);
         shared.metrics.connections.dec();
         shared.metrics.closed(self.0.reason.get().unwrap_or(&CloseReason::Internal));
     }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use redis::Client;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinHandle;
@@ -31,8 +32,9 @@ use crate::lanes::Lanes;
 use crate::listen::{self, Public};
 use crate::metrics::Metrics;
 use crate::multiplexer;
-use crate::publisher::{self, Publisher};
+use crate::publisher::{self, Jobs, Publisher};
 use crate::redis_link;
+use crate::registry::{self, Registry};
 use crate::session::{End, SessionContext};
 
 /// Connections that the kernel keeps for us while we are busy.
@@ -94,6 +96,13 @@ impl Gateway {
                 metrics: Metrics::default(),
                 connections: Default::default(),
                 instance_id: format!("{:016x}", rand::random::<u64>()).into(),
+                started_ms: clock::unix_ms(clock::now_us()),
+                registry: redis.is_some().then(|| {
+                    Arc::new(Registry::new(registry::Settings {
+                        key_prefix: config.redis_key_prefix.as_str().into(),
+                        lease: config.registry_lease,
+                    }))
+                }),
             }),
             health: Arc::new(Health::new(redis.is_some())),
             fence: Fence::default(),
@@ -103,14 +112,7 @@ impl Gateway {
         let ended = Arc::new(Ended::default());
         let mut tasks = background(&config, &broker);
         if let Some(client) = redis {
-            let settings = multiplexer::Settings {
-                channel_prefix: config.redis_channel_prefix.as_str().into(),
-                probe_interval: config.redis_probe_interval,
-            };
-            let prefix = settings.channel_prefix.clone();
-            tasks.push(tokio::spawn(multiplexer::run(client.clone(), settings, Arc::clone(&broker))));
-            let publish = publisher::run(client, jobs, Arc::clone(&broker), prefix, config.publish_timeout);
-            tasks.push(tokio::spawn(publish));
+            tasks.extend(with_redis(&client, jobs, &config, &broker));
         }
         let api = Arc::new(Api {
             broker: Arc::clone(&broker),
@@ -161,6 +163,9 @@ impl Gateway {
         self.tell_draining().await;
         self.close_spread().await;
         let _ = tokio::time::timeout(DRAIN_GRACE, self.ended.all()).await;
+        if let Some(registry) = &self.broker.shared.registry {
+            registry.leave().await;
+        }
         let left = self.ended.open.load(Ordering::Acquire);
         let flushed = self.ended.flushed.load(Ordering::Acquire);
         let cut_off = self.ended.cut_off.load(Ordering::Acquire) + left;
@@ -273,6 +278,21 @@ fn background(config: &Config, broker: &Arc<Broker>) -> Vec<JoinHandle<()>> {
         write_timeout_us: micros(config.write_timeout),
     };
     tasks.push(tokio::spawn(sweep(Arc::clone(shared), liveness)));
+    tasks
+}
+
+/// The tasks that know Redis: one for each link.
+fn with_redis(client: &Client, jobs: Jobs, config: &Config, broker: &Arc<Broker>) -> Vec<JoinHandle<()>> {
+    let channel_prefix: Box<str> = config.redis_channel_prefix.as_str().into();
+    let publish =
+        publisher::run(client.clone(), jobs, Arc::clone(broker), channel_prefix.clone(), config.publish_timeout);
+    let settings = multiplexer::Settings { channel_prefix, probe_interval: config.redis_probe_interval };
+    let listen = multiplexer::run(client.clone(), settings, Arc::clone(broker));
+    let mut tasks = vec![tokio::spawn(publish), tokio::spawn(listen)];
+    if let Some(registry) = &broker.shared.registry {
+        let roll = Arc::clone(&broker.shared);
+        tasks.push(tokio::spawn(registry::run(client.clone(), Arc::clone(registry), roll)));
+    }
     tasks
 }
 

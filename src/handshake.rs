@@ -16,6 +16,9 @@ use crate::api::ApiError;
 use crate::protocol::{self, SUBPROTOCOL, SUBPROTOCOL_RAW};
 use crate::session::Mode;
 
+/// Longest name of a user.
+pub const USER_BYTES_MAX: usize = 128;
+
 /// The response that refuses a handshake.
 type Refusal = Box<Response<Full<Bytes>>>;
 
@@ -23,6 +26,8 @@ type Refusal = Box<Response<Full<Bytes>>>;
 pub struct Handshake {
     /// What the client asked for.
     pub mode: Mode,
+    /// Who it says it is (`?user=`): nobody checks it without authentication.
+    pub user: Option<Box<str>>,
     /// The 101 answer.
     pub response: Response<Full<Bytes>>,
 }
@@ -44,6 +49,7 @@ pub fn check(request: &mut Request<Incoming>, is_echo_on: bool) -> Result<Handsh
         (false, Some(SUBPROTOCOL_RAW)) => Mode::Raw(raw_channel(request.uri().query())?),
         (false, _) => Mode::Json(channels(request.uri().query())),
     };
+    let user = user(request.uri().query())?;
     // The crate computes the accept key; the connection itself is taken over by our own code.
     let (answer, _) = fastwebsockets::upgrade::upgrade(&mut *request)
         .map_err(|error| bad_handshake(StatusCode::BAD_REQUEST, &error.to_string()))?;
@@ -51,7 +57,7 @@ pub fn check(request: &mut Request<Incoming>, is_echo_on: bool) -> Result<Handsh
     if let Some(name) = subprotocol {
         response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(name));
     }
-    Ok(Handshake { mode, response })
+    Ok(Handshake { mode, user, response })
 }
 
 /// RFC 6455 §4.2.1, in the order in which a client would have to mend it.
@@ -111,6 +117,16 @@ fn raw_channel(query: Option<&str>) -> Result<String, Refusal> {
             Err(refusal) => Err(bad_handshake(StatusCode::BAD_REQUEST, &refusal.message)),
         },
         _ => Err(bad_handshake(StatusCode::BAD_REQUEST, "raw mode needs ?channel= with one name")),
+    }
+}
+
+/// `?user=x`: at most 128 bytes, printable.
+fn user(query: Option<&str>) -> Result<Option<Box<str>>, Refusal> {
+    match parameters(query, "user").as_slice() {
+        [] => Ok(None),
+        [user] if user.is_empty() => Ok(None),
+        [user] if user.len() <= USER_BYTES_MAX && !user.chars().any(char::is_control) => Ok(Some(user.as_str().into())),
+        _ => Err(bad_handshake(StatusCode::BAD_REQUEST, "user is one name of at most 128 printable bytes")),
     }
 }
 

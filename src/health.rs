@@ -17,9 +17,11 @@ impl Health {
         Self { redis_up: [(); 2].map(|()| AtomicBool::new(!with_redis)), draining: AtomicBool::new(false) }
     }
 
-    /// Notes that one of the Redis links came up or was lost.
+    /// Notes that one of the Redis links came up or was lost. Messages do not need the registry's.
     pub fn redis(&self, link: Link, is_up: bool) {
-        self.redis_up[link as usize].store(is_up, Ordering::Relaxed);
+        if let Some(link) = self.redis_up.get(link as usize) {
+            link.store(is_up, Ordering::Relaxed);
+        }
     }
 
     /// Whether both Redis links are up; true without Redis.

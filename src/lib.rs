@@ -14,7 +14,7 @@
 //! # Invariants
 //! 1. Hub, channel, outbox, protocol, event and websocket do no I/O; hub and protocol never await.
 //! 2. After the upgrade a socket is written only by whoever holds its outbox's write right; only
-//!    `multiplexer`, `publisher`, `redis_link` and `inbox` know Redis; only `config` reads the environment.
+//!    `multiplexer`, `publisher`, `registry`, `redis_link` and `inbox` know Redis; only `config` reads the environment.
 //! 3. Every queue has a bound and a named policy when full.
 //! 4. A publication is encoded once per wire format, however many subscribers it has.
 //! 5. One order per channel: a publication's walk, joins and leaves run whole under the channel's lock.
@@ -58,6 +58,7 @@ pub mod inbox;
 pub mod multiplexer;
 pub mod publisher;
 pub mod redis_link;
+pub mod registry;
 pub mod upstream;
 
 pub mod clock;

@@ -131,7 +131,14 @@ struct Upgraded {
     socket: TcpStream,
     /// What arrived behind the upgrade request.
     behind: Bytes,
+    accepted: Accepted,
+}
+
+/// What a handshake came to.
+struct Accepted {
+    upgrade: OnUpgrade,
     mode: Mode,
+    user: Option<Box<str>>,
 }
 
 impl Public {
@@ -143,12 +150,12 @@ impl Public {
     async fn serve(&self, socket: TcpStream, remote: SocketAddr) {
         // Boxed, so that the HTTP phase's memory is gone while the session lives.
         let Some(upgraded) = Box::pin(self.handshake(socket, None)).await else { return };
-        let Upgraded { socket, behind, mode } = upgraded;
+        let Upgraded { socket, behind, accepted: Accepted { mode, user, .. } } = upgraded;
         self.tune(&socket);
         let mut guard = self.ended.enter();
         let shared = Arc::clone(&self.sessions.broker.shared);
         let first_ping_us = clock::now_us() + first_ping(self.sessions.ping_interval);
-        let connection = Connection::open(shared, socket, remote, mode.format(), first_ping_us);
+        let connection = Connection::open(shared, socket, remote, user, mode.format(), first_ping_us);
         if self.sessions.broker.health.is_draining() {
             // The drain began during the handshake, and may have closed everybody it knew of.
             connection.close(CloseReason::Drain);
@@ -160,7 +167,7 @@ impl Public {
 
     /// Speaks HTTP until the upgrade, within the handshake timeout.
     async fn handshake(&self, socket: TcpStream, refuse: Option<Refused>) -> Option<Upgraded> {
-        let accepted: Mutex<Option<(OnUpgrade, Mode)>> = Mutex::new(None);
+        let accepted: Mutex<Option<Accepted>> = Mutex::new(None);
         let service = service_fn(|request: Request<Incoming>| {
             let answer = self.answer(request, refuse, &accepted);
             async move { Ok::<_, io::Error>(answer) }
@@ -173,16 +180,16 @@ impl Public {
             Ok(Err(error)) => debug!(%error, "connection ended before the upgrade"),
             Err(_) => self.metrics().refused(Refused::Timeout),
         }
-        let (upgrade, mode) = accepted.lock().take()?;
-        let parts = upgrade.await.ok()?.downcast::<TokioIo<TcpStream>>().ok()?;
-        Some(Upgraded { socket: parts.io.into_inner(), behind: parts.read_buf, mode })
+        let mut accepted = accepted.lock().take()?;
+        let parts = (&mut accepted.upgrade).await.ok()?.downcast::<TokioIo<TcpStream>>().ok()?;
+        Some(Upgraded { socket: parts.io.into_inner(), behind: parts.read_buf, accepted })
     }
 
     fn answer(
         &self,
         mut request: Request<Incoming>,
         refuse: Option<Refused>,
-        accepted: &Mutex<Option<(OnUpgrade, Mode)>>,
+        accepted: &Mutex<Option<Accepted>>,
     ) -> Response<Full<Bytes>> {
         let draining = self.sessions.broker.health.is_draining().then_some(Refused::Draining);
         if let Some(why) = refuse.or(draining) {
@@ -193,8 +200,8 @@ impl Public {
         // Taken first: the crate's own upgrade would hide the socket behind a trait object.
         let upgrade = hyper::upgrade::on(&mut request);
         match handshake::check(&mut request, self.is_echo_on) {
-            Ok(Handshake { mode, response }) => {
-                *accepted.lock() = Some((upgrade, mode));
+            Ok(Handshake { mode, user, response }) => {
+                *accepted.lock() = Some(Accepted { upgrade, mode, user });
                 response
             }
             Err(response) => {

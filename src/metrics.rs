@@ -59,6 +59,8 @@ pub enum Link {
     Subscribe,
     /// The publisher's.
     Publish,
+    /// The registry's.
+    Registry,
 }
 
 type Labelled<const N: usize> = [Count; N];
@@ -100,8 +102,8 @@ pub struct Metrics {
     pub fanout: Histogram,
     /// Seconds from encoding a frame until the sockets of a flush slice had it; one sample a slice.
     pub publish_to_socket: Histogram,
-    links: [Gauge; 2],
-    reconnects: Labelled<2>,
+    links: [Gauge; 3],
+    reconnects: Labelled<3>,
     /// Channels subscribed again after a reconnect.
     pub resubscribes: Count,
     /// Channels whose subscribers were told a gap.
@@ -173,7 +175,7 @@ impl Default for Metrics {
                 "redis_reconnects",
                 "Redis connections made anew after a loss",
                 "link",
-                ["subscribe", "publish"],
+                ["subscribe", "publish", "registry"],
             ),
             resubscribes: register(r, "redis_resubscribes", "Channels subscribed again after a reconnect"),
             gaps: register(r, "gaps", "Channels whose subscribers were told a gap"),
@@ -259,8 +261,8 @@ fn labelled<const N: usize>(
     values.map(|value| family.get_or_create_owned(&[(label, value)]))
 }
 
-fn links(registry: &mut Registry) -> [Gauge; 2] {
+fn links(registry: &mut Registry) -> [Gauge; 3] {
     let family = Family::<Labels, Gauge>::default();
     registry.register("redis_link_up", "Whether the Redis connection is up", family.clone());
-    ["subscribe", "publish"].map(|link| family.get_or_create_owned(&[("link", link)]))
+    ["subscribe", "publish", "registry"].map(|link| family.get_or_create_owned(&[("link", link)]))
 }

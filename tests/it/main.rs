@@ -22,6 +22,7 @@ mod metrics;
 mod outbox_model;
 mod protocol;
 mod redis;
+mod registry;
 mod slow;
 mod tidy;
 mod websocket;
