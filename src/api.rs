@@ -4,11 +4,12 @@
 //! - `POST /api/publish/{channel}` with the payload as the body
 //! - `GET /api/channels?prefix=&limit=&page=`, `GET /api/channels/{channel}`
 //! - `GET /api/instances`
-//! - `GET /api/connections?channel=&instance=&limit=&page=`
-//! - `POST /api/disconnect` `{"connection_id"|"channel","code"?,"reason"?}`
+//! - `GET /api/connections?user=&channel=&instance=&limit=&page=`
+//! - `POST /api/disconnect` `{"connection_id"|"user"|"channel","code"?,"reason"?}`
+//! - `POST /api/unsubscribe` `{"connection_id"|"user","channel"}`
 //! - `GET /metrics`, `GET /livez`, `GET /readyz` (these three without a key)
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -24,10 +25,11 @@ use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use subtle::ConstantTimeEq;
 
+use crate::admin::{self, Ask, Target};
+use crate::answer::{Answer, ApiError, bad_json, error_json, error_response, json_response, status_of, text};
 use crate::broker::Broker;
-use crate::channel::{Channel, Fanout};
-use crate::clock;
-use crate::close::CloseReason;
+use crate::channel::Channel;
+use crate::cluster::Answers;
 use crate::connection::Connection;
 use crate::protocol::{self, ErrorCode, Refusal};
 use crate::publication::Payload;
@@ -51,15 +53,6 @@ pub struct Api {
     pub body_timeout: Duration,
 }
 
-/// A refusal with its HTTP status.
-#[derive(Debug)]
-pub struct ApiError {
-    status: StatusCode,
-    refusal: Refusal,
-}
-
-type Answer = Result<Response<Full<Bytes>>, ApiError>;
-
 impl Api {
     /// Answers one request.
     pub async fn handle(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
@@ -72,7 +65,7 @@ impl Api {
     async fn route(&self, request: Request<Incoming>) -> Answer {
         let path = request.uri().path().to_owned();
         let allowed = match path.as_str() {
-            "/api/publish" | "/api/disconnect" => Method::POST,
+            "/api/publish" | "/api/disconnect" | "/api/unsubscribe" => Method::POST,
             path if path.starts_with("/api/publish/") => Method::POST,
             _ => Method::GET,
         };
@@ -89,9 +82,10 @@ impl Api {
             ("/metrics", _) => Ok(self.metrics()),
             (_, Some("publish")) => self.publish(request).await,
             (_, Some("disconnect")) => self.disconnect(request).await,
+            (_, Some("unsubscribe")) => self.unsubscribe(request).await,
             (_, Some("channels")) => self.channels(&Query::of(&request)),
             (_, Some("instances")) => self.instances().await,
-            (_, Some("connections")) => self.connections(&Query::of(&request)),
+            (_, Some("connections")) => self.connections(&Query::of(&request)).await,
             (_, Some(route)) => match route.split_once('/') {
                 Some(("publish", channel)) => self.publish_body(channel, request).await,
                 Some(("channels", channel)) => self.channel(channel),
@@ -219,31 +213,53 @@ impl Api {
         Ok(json_response(StatusCode::OK, &json!({ "channels": channels, "page": page })))
     }
 
-    /// A page holds the connections opened after the one whose number the page token is.
-    fn connections(&self, query: &Query) -> Answer {
+    /// A page holds the connections after the one that the page token names, of all instances.
+    async fn connections(&self, query: &Query) -> Answer {
         let limit = query.limit()?;
-        let after = match query.get("page") {
-            None => 0,
-            Some(page) => page.parse().map_err(|_| ErrorCode::BadRequest.with("page is not a page token"))?,
-        };
-        if query.get("user").is_some() {
-            return Err(ErrorCode::BadRequest.with("connections have no user: authentication is not on"));
+        let after = query.get("page").map(str::to_owned);
+        if after.as_deref().is_some_and(|after| admin::order(after).is_none()) {
+            return Err(ErrorCode::BadRequest.with("page is not a page token"));
         }
-        let shared = &self.broker.shared;
-        let is_elsewhere = query.get("instance").is_some_and(|instance| *instance != *shared.instance_id);
-        let all: Vec<_> = match query.get("channel") {
-            _ if is_elsewhere => Vec::new(),
-            Some(name) => self.broker.hub.channel(name).map_or_else(Vec::new, |channel| channel.subscribers()),
-            None => shared.connections.iter().map(|connection| Arc::clone(&connection)).collect(),
-        };
-        let mut sorted: BTreeMap<u64, Arc<Connection>> = all.into_iter().map(|c| (c.number(), c)).collect();
-        let mut listed = sorted.split_off(&(after + 1));
-        let page = listed.keys().nth(limit).copied().map(|next| {
-            listed.split_off(&next);
-            listed.keys().last().map(u64::to_string)
+        let owned = |name| query.get(name).map(str::to_owned);
+        let ask = Ask::Connections { user: owned("user"), channel: owned("channel"), after, limit: limit + 1 };
+        let Answers { answers, unreachable } = self.ask(ask, query.get("instance")).await;
+        let lists = answers.into_iter().filter_map(|mut answer| match answer["connections"].take() {
+            Value::Array(list) => Some(list),
+            _ => None,
         });
-        let connections: Vec<_> = listed.values().map(|connection| connection_json(connection)).collect();
-        Ok(json_response(StatusCode::OK, &json!({ "connections": connections, "page": page.flatten() })))
+        let id = |connection: &Value| connection["connection_id"].as_str().unwrap_or_default().to_owned();
+        let mut connections: Vec<_> = lists.flatten().collect();
+        connections.sort_by_cached_key(|connection| admin::order(&id(connection)).map(|(i, n)| (i.to_owned(), n)));
+        let is_more = connections.len() > limit;
+        connections.truncate(limit);
+        let page = connections.last().filter(|_| is_more).map(id);
+        Ok(json_response(StatusCode::OK, &told(json!({ "connections": connections, "page": page }), &unreachable)))
+    }
+
+    /// Has all instances, or only one, carry something out; the first answer is this one's, if it was meant.
+    async fn ask(&self, ask: Ask, only: Option<&str>) -> Answers {
+        let own = &*self.broker.shared.instance_id;
+        let own_answer = only.is_none_or(|only| only == own).then(|| admin::carry_out(&ask, &self.broker));
+        if only == Some(own) {
+            return Answers { answers: own_answer.into_iter().collect(), ..Answers::default() };
+        }
+        let mut answers = self.broker.cluster.ask(&self.broker, ask, only).await;
+        answers.answers.extend(own_answer);
+        answers
+    }
+
+    /// The same for an action, told as how many connections it concerned.
+    async fn act(&self, ask: Ask, target: &Target, told_as: &str) -> Answer {
+        let only = match target {
+            Target::Connection(id) => Some(admin::order(id).ok_or_else(ApiError::not_found)?.0.to_owned()),
+            Target::User(_) | Target::Channel(_) => None,
+        };
+        let Answers { answers, unreachable } = self.ask(ask, only.as_deref()).await;
+        let count: u64 = answers.iter().filter_map(|answer| answer["count"].as_u64()).sum();
+        if count == 0 && only.is_some() {
+            return Err(if unreachable.is_empty() { ApiError::not_found() } else { Refusal::unavailable().into() });
+        }
+        Ok(json_response(StatusCode::OK, &told(json!({ told_as: count }), &unreachable)))
     }
 
     /// The live instances: this one alone without Redis.
@@ -271,38 +287,57 @@ impl Api {
         if !matches!(code, 1000 | 1001 | 1008 | 1011..=1013 | 3000..=4999) {
             return Err(ErrorCode::BadRequest.with("code is 1000, 1001, 1008, 1011 to 1013 or 3000 to 4999"));
         }
-        // What was accepted before goes before the close frame.
-        let mut fanout = Fanout::default();
-        self.broker.hub.deliver_held(&mut fanout);
-        self.broker.shared.submit(&mut fanout);
         let reason = wanted.reason.unwrap_or_else(|| "disconnected by the backend".into());
         if reason.len() > 123 {
             return Err(ErrorCode::BadRequest.with("reason is at most 123 bytes"));
         }
-        let shared = &self.broker.shared;
-        let found = match (wanted.connection_id, wanted.channel) {
-            (Some(id), None) => {
-                let number = Connection::number_of(&id, &shared.instance_id);
-                let found = number.and_then(|number| shared.connections.get(&number).map(|found| Arc::clone(&found)));
-                vec![found.ok_or_else(ApiError::not_found)?]
-            }
-            (None, Some(name)) => self.broker.hub.channel(&name).map_or_else(Vec::new, |channel| channel.subscribers()),
-            _ => return Err(ErrorCode::BadRequest.with("either connection_id or channel is needed")),
+        let target = match (wanted.connection_id, wanted.user, wanted.channel) {
+            (Some(id), None, None) => Target::Connection(id),
+            (None, Some(user), None) => Target::User(user),
+            (None, None, Some(channel)) => Target::Channel(channel),
+            _ => return Err(ErrorCode::BadRequest.with("one of connection_id, user and channel is needed")),
         };
-        for connection in &found {
-            connection.close(CloseReason::Disconnected { code, reason: reason.clone() });
-        }
-        Ok(json_response(StatusCode::OK, &json!({ "disconnected": found.len() })))
+        self.act(Ask::Disconnect { target: target.clone(), code, reason }, &target, "disconnected").await
     }
+
+    async fn unsubscribe(&self, request: Request<Incoming>) -> Answer {
+        let body = self.body(request, self.broker.publish_bytes_max).await?;
+        let wanted: Unsubscribe = serde_json::from_slice(&body).map_err(|error| bad_json(&error))?;
+        protocol::check_channel_name(&wanted.channel)?;
+        let target = match (wanted.connection_id, wanted.user) {
+            (Some(id), None) => Target::Connection(id),
+            (None, Some(user)) => Target::User(user),
+            _ => return Err(ErrorCode::BadRequest.with("either connection_id or user is needed")),
+        };
+        let ask = Ask::Unsubscribe { target: target.clone(), channel: wanted.channel };
+        self.act(ask, &target, "unsubscribed").await
+    }
+}
+
+/// An answer, with the instances that are not in it.
+fn told(mut answer: Value, unreachable: &BTreeSet<String>) -> Value {
+    if !unreachable.is_empty() {
+        answer["unreachable"] = json!(unreachable);
+    }
+    answer
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Disconnect {
     connection_id: Option<String>,
+    user: Option<String>,
     channel: Option<String>,
     code: Option<u16>,
     reason: Option<Box<str>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Unsubscribe {
+    connection_id: Option<String>,
+    user: Option<String>,
+    channel: String,
 }
 
 #[derive(Deserialize)]
@@ -381,101 +416,4 @@ fn decode(segment: &str) -> Result<String, ApiError> {
 fn channel_json(channel: &Channel<Arc<Connection>>) -> Value {
     let (subscribers, pending) = channel.counts();
     json!({ "channel": channel.name(), "subscribers": subscribers, "pending": pending })
-}
-
-fn connection_json(connection: &Connection) -> Value {
-    let (frames, bytes) = connection.depth();
-    json!({
-        "connection_id": connection.id(),
-        "instance_id": connection.shared().instance_id,
-        "remote_address": connection.remote().to_string(),
-        "connected_ms": (clock::now_us() - connection.opened_us) / 1000,
-        "subscriptions": connection.subscriptions.load(Ordering::Relaxed),
-        "outbox": { "frames": frames, "bytes": bytes },
-    })
-}
-
-impl ApiError {
-    /// No such resource.
-    pub fn not_found() -> Self {
-        ErrorCode::NotFound.with("there is nothing here")
-    }
-
-    /// A handshake that is refused with the given status.
-    pub fn handshake(status: StatusCode, message: &str) -> Self {
-        let code =
-            if status == StatusCode::SERVICE_UNAVAILABLE { ErrorCode::Unavailable } else { ErrorCode::BadRequest };
-        Self { status, refusal: Refusal::new(code, message.to_owned()) }
-    }
-
-    /// The response, after which the connection ends: whoever is refused holds nothing.
-    pub fn last_response(&self) -> Response<Full<Bytes>> {
-        let mut response = error_response(self);
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-        response
-    }
-
-    fn method_not_allowed() -> Self {
-        ErrorCode::MethodNotAllowed.with("this path takes another method")
-    }
-}
-
-impl From<Refusal> for ApiError {
-    fn from(refusal: Refusal) -> Self {
-        Self { status: status_of(refusal.code), refusal }
-    }
-}
-
-impl ErrorCode {
-    fn with(self, message: impl Into<std::borrow::Cow<'static, str>>) -> ApiError {
-        Refusal::new(self, message).into()
-    }
-}
-
-fn status_of(code: ErrorCode) -> StatusCode {
-    match code {
-        ErrorCode::BadRequest | ErrorCode::UnknownType => StatusCode::BAD_REQUEST,
-        ErrorCode::Unauthorized => StatusCode::UNAUTHORIZED,
-        ErrorCode::Forbidden => StatusCode::FORBIDDEN,
-        ErrorCode::NotFound => StatusCode::NOT_FOUND,
-        ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
-        ErrorCode::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
-        ErrorCode::LimitExceeded => StatusCode::TOO_MANY_REQUESTS,
-        ErrorCode::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
-        ErrorCode::OutcomeUnknown => StatusCode::GATEWAY_TIMEOUT,
-    }
-}
-
-fn bad_json(error: &serde_json::Error) -> ApiError {
-    ErrorCode::BadRequest.with(format!("the body is not what is expected here: {error}"))
-}
-
-fn error_json(refusal: &Refusal) -> Value {
-    json!({ "code": refusal.code.as_str(), "message": refusal.message })
-}
-
-/// `{"error":{"code","message"}}` with the fitting status.
-pub fn error_response(error: &ApiError) -> Response<Full<Bytes>> {
-    let mut response = json_response(error.status, &json!({ "error": error_json(&error.refusal) }));
-    if error.status == StatusCode::SERVICE_UNAVAILABLE {
-        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
-    }
-    if matches!(error.status, StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_TIMEOUT) {
-        // The rest of the body is not read, so the connection cannot go on.
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-    }
-    response
-}
-
-fn json_response(status: StatusCode, body: &Value) -> Response<Full<Bytes>> {
-    let mut response = text(status, format!("{body}\n"));
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    response
-}
-
-fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from(body)));
-    *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
-    response
 }

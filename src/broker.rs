@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 
 use crate::channel::Fanout;
+use crate::cluster::Cluster;
 use crate::connection::{Connection, Shared};
 use crate::fence::Fence;
 use crate::health::Health;
@@ -25,6 +26,8 @@ pub struct Broker {
     pub health: Arc<Health>,
     /// Fences through Redis, for the drain.
     pub fence: Fence,
+    /// The way to other instances.
+    pub cluster: Cluster,
     /// The way to Redis, where there is one.
     pub publisher: Option<Publisher>,
     /// `HUBCAST_PUBLISH_BYTES_MAX`

@@ -3,12 +3,13 @@
 
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context as TaskContext, Poll};
 
 use atomic_waker::AtomicWaker;
 use dashmap::DashMap;
+use parking_lot::Mutex;
 use tokio::net::TcpStream;
 
 use crate::channel::{Fanout, Subscriber};
@@ -73,8 +74,10 @@ pub struct Connection {
     waker: AtomicWaker,
     reason: OnceLock<CloseReason>,
     shared: Arc<Shared>,
-    /// When it was opened (µs of the clock).
-    pub opened_us: u64,
+    opened_us: u64,
+    /// Channels that it is to leave because the backend wants it.
+    asked: Mutex<Vec<Box<str>>>,
+    is_asked: AtomicBool,
     /// Subscriptions, for the API.
     pub subscriptions: AtomicUsize,
     last_seen_us: AtomicU64,
@@ -98,6 +101,8 @@ pub enum Wake {
     Writable,
     /// There is something to read.
     Readable,
+    /// The backend wants it to leave channels.
+    Asked,
 }
 
 impl Connection {
@@ -122,6 +127,8 @@ impl Connection {
             reason: OnceLock::new(),
             shared,
             opened_us: now_us,
+            asked: Mutex::default(),
+            is_asked: AtomicBool::new(false),
             subscriptions: AtomicUsize::new(0),
             last_seen_us: AtomicU64::new(now_us),
             ping_due_us: AtomicU64::new(ping_due_us),
@@ -165,6 +172,11 @@ impl Connection {
         clock::unix_ms(self.opened_us)
     }
 
+    /// How long it has been open, in milliseconds.
+    pub fn age_ms(&self) -> u64 {
+        (clock::now_us() - self.opened_us) / 1000
+    }
+
     /// The socket, for reading and for options.
     pub fn socket(&self) -> &TcpStream {
         &self.socket
@@ -198,6 +210,23 @@ impl Connection {
         }
         self.waker.wake();
         self.shared.lanes.made_progress();
+    }
+
+    /// Has the connection's own task leave a channel.
+    pub fn ask_to_leave(&self, channel: &str) {
+        let mut asked = self.asked.lock();
+        if !asked.iter().any(|asked| **asked == *channel) {
+            asked.push(channel.into());
+        }
+        drop(asked);
+        self.is_asked.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+
+    /// For the connection's own task: the channels that it is to leave.
+    pub fn take_asked(&self) -> Vec<Box<str>> {
+        self.is_asked.store(false, Ordering::Release);
+        std::mem::take(&mut *self.asked.lock())
     }
 
     /// Ends the outbox without another byte.
@@ -248,6 +277,9 @@ impl Connection {
         }
         if self.poll_writable(context).is_ready() {
             return Poll::Ready(Wake::Writable);
+        }
+        if may_read && self.is_asked.load(Ordering::Acquire) {
+            return Poll::Ready(Wake::Asked);
         }
         if may_read && self.socket.poll_read_ready(context).is_ready() {
             return Poll::Ready(Wake::Readable);

@@ -47,6 +47,11 @@ pub fn unsubscribed(id: Option<&str>, channel: &str) -> Arc<Frame> {
     reply("unsubscribed", id, Some(channel))
 }
 
+/// `{"type":"unsubscribed",…}`, because the backend wants it.
+pub fn ended(channel: &str) -> Arc<Frame> {
+    Frame::text(&format!(r#"{{"type":"unsubscribed","channel":"{channel}","reason":"backend"}}"#))
+}
+
 /// `{"type":"published",…}`
 pub fn published(id: &str) -> Arc<Frame> {
     reply("published", Some(id), None)

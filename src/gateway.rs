@@ -21,6 +21,7 @@ use crate::broker::Broker;
 use crate::channel::{Fanout, Subscriber};
 use crate::clock::{self, micros};
 use crate::close::CloseReason;
+use crate::cluster::{self, Cluster};
 use crate::config::{Config, RESERVED_FILES};
 use crate::connection::{Connection, Liveness, Shared};
 use crate::event;
@@ -85,6 +86,7 @@ impl Gateway {
         let (addr, internal_addr) = (listener.local_addr()?, internal.local_addr()?);
         let redis = config.redis_url.as_deref().map(redis_link::client).transpose()?;
         let (publisher, jobs) = Publisher::new(config.publish_timeout);
+        let (cluster, questions) = Cluster::new(&config.redis_channel_prefix);
         let broker = Arc::new(Broker {
             hub: match redis {
                 Some(_) => Hub::with_upstream(config.channel_rules.clone(), config.outbox),
@@ -106,6 +108,7 @@ impl Gateway {
             }),
             health: Arc::new(Health::new(redis.is_some())),
             fence: Fence::default(),
+            cluster,
             publisher: redis.is_some().then_some(publisher),
             publish_bytes_max: config.publish_bytes_max,
         });
@@ -113,6 +116,7 @@ impl Gateway {
         let mut tasks = background(&config, &broker);
         if let Some(client) = redis {
             tasks.extend(with_redis(&client, jobs, &config, &broker));
+            tasks.push(tokio::spawn(cluster::run(Arc::clone(&broker), questions)));
         }
         let api = Arc::new(Api {
             broker: Arc::clone(&broker),

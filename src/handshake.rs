@@ -12,15 +12,36 @@ use hyper::body::Incoming;
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode, Version};
 
-use crate::api::ApiError;
+use crate::answer::ApiError;
 use crate::protocol::{self, SUBPROTOCOL, SUBPROTOCOL_RAW};
-use crate::session::Mode;
+use crate::publication::Format;
 
 /// Longest name of a user.
 pub const USER_BYTES_MAX: usize = 128;
 
 /// The response that refuses a handshake.
 type Refusal = Box<Response<Full<Bytes>>>;
+
+/// What kind of service the client asked for in its handshake.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// `hubcast.v1`, with channels to subscribe at once.
+    Json(Vec<String>),
+    /// `hubcast.raw.v1` on one channel.
+    Raw(String),
+    /// `/echo`, for conformance tests.
+    Echo,
+}
+
+impl Mode {
+    /// The wire format of the mode.
+    pub fn format(&self) -> Format {
+        match self {
+            Self::Json(_) => Format::Json,
+            Self::Raw(_) | Self::Echo => Format::Raw,
+        }
+    }
+}
 
 /// A request that is a valid handshake.
 pub struct Handshake {

@@ -36,6 +36,8 @@ pub mod event;
 pub mod protocol;
 pub mod rules;
 
+pub mod admin;
+pub mod answer;
 pub mod api;
 pub mod broker;
 pub mod bundle;
@@ -53,6 +55,7 @@ pub mod lanes;
 pub mod outbox;
 pub mod writer;
 
+pub mod cluster;
 pub mod fence;
 pub mod inbox;
 pub mod multiplexer;

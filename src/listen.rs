@@ -19,14 +19,16 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
-use crate::api::{Api, ApiError};
+use crate::answer::ApiError;
+use crate::api::Api;
 use crate::clock::{self, micros};
 use crate::close::CloseReason;
 use crate::connection::Connection;
 use crate::gateway::Ended;
+use crate::handshake::Mode;
 use crate::handshake::{self, Handshake};
 use crate::metrics::{Metrics, Refused};
-use crate::session::{Mode, Session, SessionContext};
+use crate::session::{Session, SessionContext};
 
 /// Unsent bytes that the kernel keeps for one connection: more would hide a stalled client from us.
 const NOTSENT_BYTES: u32 = 128 << 10;

@@ -18,6 +18,7 @@ use tracing::{info, warn};
 use crate::broker::Broker;
 use crate::channel::{Channel, Fanout};
 use crate::clock;
+use crate::cluster::Cluster;
 use crate::connection::Connection;
 use crate::inbox::{Arrival, Inbox};
 use crate::metrics::{Drop as DropReason, Link, Source};
@@ -63,7 +64,7 @@ impl Settings {
 
 /// Listens until the runtime ends.
 pub async fn run(client: Client, settings: Settings, broker: Arc<Broker>) {
-    let control = format!("{}__probe:{}", settings.channel_prefix, broker.shared.instance_id);
+    let control = Cluster::control_channels(&settings.channel_prefix, &broker.shared.instance_id);
     let mut backoff = Backoff::default();
     let mut was_up = false;
     loop {
@@ -113,8 +114,12 @@ async fn forgetting<T>(broker: &Broker, task: impl Future<Output = T>) -> T {
     }
 }
 
-/// Connects and subscribes to the control channel, which proves that the link listens.
-async fn connect(client: &Client, inbox: &Arc<Inbox>, control: &str) -> redis::RedisResult<MultiplexedConnection> {
+/// Connects and subscribes to the control channels, which proves that the link listens.
+async fn connect(
+    client: &Client,
+    inbox: &Arc<Inbox>,
+    control: &[String; 2],
+) -> redis::RedisResult<MultiplexedConnection> {
     let pushed = Arc::clone(inbox);
     let config = AsyncConnectionConfig::new()
         .set_connection_timeout(Some(redis_link::CONNECT_TIMEOUT))
@@ -133,7 +138,8 @@ struct Turn<'a> {
     connection: MultiplexedConnection,
     inbox: Arc<Inbox>,
     settings: &'a Settings,
-    control: &'a str,
+    /// The control channel of all instances, and our own.
+    control: &'a [String; 2],
     broker: &'a Arc<Broker>,
     is_reconnect: bool,
     /// SUBSCRIBEs and UNSUBSCRIBEs whose answer is awaited.
@@ -161,7 +167,7 @@ impl<'a> Turn<'a> {
         connection: MultiplexedConnection,
         inbox: Arc<Inbox>,
         settings: &'a Settings,
-        control: &'a str,
+        control: &'a [String; 2],
         broker: &'a Arc<Broker>,
         is_reconnect: bool,
     ) -> Self {
@@ -235,10 +241,10 @@ impl<'a> Turn<'a> {
 
     fn take(&mut self, arrival: Arrival, fanout: &mut Fanout<Arc<Connection>>) {
         match arrival {
-            Arrival::Message { channel, payload, .. } if channel == self.control.as_bytes() => {
+            Arrival::Message { channel, payload, .. } if self.control.iter().any(|c| c.as_bytes() == channel) => {
                 // A fence stands for everything before it.
                 self.broker.deliver(fanout);
-                self.control_back(&payload);
+                self.control(&payload);
             }
             Arrival::Message { channel, payload, after_gap } => {
                 let Some(name) = self.settings.channel_name(&channel) else { return };
@@ -357,15 +363,18 @@ impl<'a> Turn<'a> {
     fn send_control(&mut self, payload: &str) {
         let mut connection = self.connection.clone();
         let mut publish = redis::cmd("PUBLISH");
-        publish.arg(self.control).arg(payload);
+        publish.arg(&self.control[1]).arg(payload);
         self.commands.spawn(async move {
             let answer = publish.query_async::<i64>(&mut connection).await.map(drop);
             Answered { is_subscribe: false, channels: Vec::new(), answer }
         });
     }
 
-    /// A probe or a fence came back.
-    fn control_back(&mut self, payload: &[u8]) {
+    /// An envelope arrived, or a probe or a fence came back.
+    fn control(&mut self, payload: &[u8]) {
+        if payload.starts_with(b"{") {
+            return self.broker.cluster.arrived(payload, &self.broker.shared.instance_id);
+        }
         let Ok(text) = str::from_utf8(payload) else { return };
         match text.strip_prefix(FENCE).map(str::parse) {
             Some(Ok(number)) => self.broker.fence.came_back(number),

@@ -158,6 +158,15 @@ impl Registry {
         Ok(ids.into_iter().zip(records).filter_map(|(id, record)| Some((id, parse(record)?))).collect())
     }
 
+    /// Publishes to a control channel of other instances.
+    ///
+    /// # Errors
+    /// Redis is not there.
+    pub async fn publish(&self, channel: &str, message: &str) -> Result<(), Unavailable> {
+        let mut link = self.link.lock().clone().ok_or(Unavailable)?;
+        Ok(redis::cmd("PUBLISH").arg(channel).arg(message).exec_async(&mut link).await?)
+    }
+
     /// Takes the instance and what is left of its connections out of Redis, within a second.
     pub async fn leave(&self) {
         self.leave.notify_one();

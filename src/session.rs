@@ -23,6 +23,7 @@ use crate::close::CloseReason;
 use crate::connection::{Connection, Open, Wake};
 use crate::event::{self, Welcome};
 use crate::frame::{Frame, Opcode};
+use crate::handshake::Mode;
 use crate::hub::Subscriptions;
 use crate::metrics::Source;
 use crate::protocol::{self, Command, ErrorCode, Refusal, Request, Target};
@@ -78,27 +79,6 @@ pub struct SessionContext {
     pub subscriptions_max: usize,
     /// `HUBCAST_PING_INTERVAL`, for the welcome.
     pub ping_interval: Duration,
-}
-
-/// What kind of service the client asked for in its handshake.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// `hubcast.v1`, with channels to subscribe at once.
-    Json(Vec<String>),
-    /// `hubcast.raw.v1` on one channel.
-    Raw(String),
-    /// `/echo`, for conformance tests.
-    Echo,
-}
-
-impl Mode {
-    /// The wire format of the mode.
-    pub fn format(&self) -> Format {
-        match self {
-            Self::Json(_) => Format::Json,
-            Self::Raw(_) | Self::Echo => Format::Raw,
-        }
-    }
 }
 
 /// How a session ended, for the drain's summary.
@@ -160,6 +140,7 @@ impl Session {
                 // A full buffer: whoever this batch scheduled is flushed before the next one is read.
                 Wake::Readable if self.read() == READ_BYTES => tokio::task::yield_now().await,
                 Wake::Readable => {}
+                Wake::Asked => self.leave_asked(),
             }
         }
         // From here on nothing is delivered to this connection.
@@ -398,6 +379,25 @@ impl Session {
     fn unsubscribe(&mut self, id: Option<&str>, channel: &str, fanout: &mut Fanout<Arc<Connection>>) {
         self.subscriptions.unsubscribe(channel, &event::unsubscribed(id, channel), fanout);
         self.note_subscriptions();
+    }
+
+    /// Leaves the channels that the backend wants it to leave.
+    fn leave_asked(&mut self) {
+        let mut fanout = Fanout::default();
+        for channel in self.connection.take_asked() {
+            if !self.subscriptions.contains(&channel) {
+                continue;
+            }
+            if self.is_json() {
+                self.subscriptions.unsubscribe(&channel, &event::ended(&channel), &mut fanout);
+            } else {
+                // Its one subscription is all that a raw connection is for.
+                let reason = "unsubscribed by the backend".into();
+                self.connection.close(CloseReason::Disconnected { code: 1008, reason });
+            }
+        }
+        self.note_subscriptions();
+        self.submit(&mut fanout);
     }
 
     fn note_subscriptions(&self) {

@@ -52,6 +52,14 @@ pub fn gateway_with(env: &[(&str, &str)], adjust: impl FnOnce(&mut Config)) -> G
     Gateway::start(config).expect("free ports can be bound")
 }
 
+/// Waits until the gateway is ready.
+pub async fn ready(gateway: &Gateway) {
+    eventually("the gateway to be ready", async || {
+        (http(gateway, "GET /readyz", "", b"").await.status == 200).then_some(())
+    })
+    .await;
+}
+
 /// A WebSocket client (tungstenite).
 pub struct Client {
     socket: WebSocketStream<MaybeTlsStream<TcpStream>>,

@@ -13,6 +13,7 @@ mod harness;
 mod api;
 mod broadcast;
 mod bundle;
+mod cluster;
 mod coalesce;
 mod config;
 mod drain;

@@ -8,7 +8,9 @@ use futures_util::future::join_all;
 use hubcast::gateway::Gateway;
 use serde_json::{Value, json};
 
-use crate::harness::{Client, Redis, await_metric, eventually, gateway, gateway_with, http, metric, publish, soon};
+use crate::harness::{
+    Client, Redis, await_metric, eventually, gateway, gateway_with, http, metric, publish, ready, soon,
+};
 
 /// Back within this after Redis is: the promise.
 const REPAIR_TIME: Duration = Duration::from_secs(2);
@@ -18,13 +20,6 @@ async fn instance(redis: &Redis) -> Gateway {
     let gateway = gateway(&[("HUBCAST_REDIS_URL", &redis.url())]);
     ready(&gateway).await;
     gateway
-}
-
-async fn ready(gateway: &Gateway) {
-    eventually("the gateway to be ready", async || {
-        (http(gateway, "GET /readyz", "", b"").await.status == 200).then_some(())
-    })
-    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -353,7 +348,7 @@ async fn a_channel_that_redis_refuses_keeps_only_itself_waiting() {
             "+@all",
             "resetchannels",
             "&hub:ok*",
-            "&hub:__probe:*",
+            "&hub:__control*",
         ])
         .await;
     let url = redis.url().replace("redis://", "redis://hub:secret@");
