@@ -1,15 +1,19 @@
 //! Hubcast: a high-throughput WebSocket broadcast gateway.
 //!
 //! # One message, from a publish to the sockets
-//! 1. `session` (a socket), `api` (HTTP) or `multiplexer` (Redis) has the payload;
-//! 2. `broker` makes it a `publication`, encoded once per wire format, those in a row as one (`bundle`);
-//! 3. `hub` finds the channel, `channel` walks its subscribers under its order lock;
+//! 1. `session` (a socket), `api` (HTTP) or `multiplexer` (Redis) has the payload, and gives it to `broker`;
+//! 2. `channel`, found by `hub`, puts it in its order; a socket's waits there for others (`bundle`) until the lane's turn;
+//! 3. `channel` walks its subscribers under its order lock, `publication` encodes once per wire format;
 //! 4. `outbox` queues the frame and says who must be flushed;
 //! 5. `lanes` write each scheduled outbox at once (`writer`).
 //!
 //! # One command, from a socket to its reply
 //! `listen` (accept, `handshake`) → `session` (read, `websocket` frames) → `protocol` (typed command) →
 //! `hub` (join, or leave) → with Redis, `multiplexer` confirms the channel and lets the subscriber in.
+//!
+//! # One request, from the API to all instances
+//! `api` (HTTP, answers in `answer`) → `admin` (what this instance does) and `cluster` (envelopes through Redis to
+//! those that `registry` knows) → their `admin`.
 //!
 //! # Invariants
 //! 1. Hub, channel, outbox, protocol, event and websocket do no I/O; hub and protocol never await.
