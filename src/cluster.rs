@@ -61,6 +61,18 @@ pub struct Cluster {
     questions: mpsc::Sender<Question>,
 }
 
+/// A question that is being answered; whoever asked may be gone before that.
+struct Waiting<'a> {
+    cluster: &'a Cluster,
+    id: u64,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.cluster.waiting.lock().remove(&self.id);
+    }
+}
+
 /// What others answered, and who did not.
 #[derive(Debug, Default)]
 pub struct Answers {
@@ -99,6 +111,7 @@ impl Cluster {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (sender, mut answers) = mpsc::channel(missing.len());
         self.waiting.lock().insert(id, sender);
+        let _waiting = Waiting { cluster: self, id };
         let [all, one] = Self::control_channels(&self.channel_prefix, only.unwrap_or_default());
         let channel = if only.is_some() { one } else { all };
         if self.send(broker, &channel, id, Content::Ask(ask)).await {
@@ -111,7 +124,6 @@ impl Cluster {
                 }
             }
         }
-        self.waiting.lock().remove(&id);
         result.unreachable = missing;
         result
     }
