@@ -19,14 +19,14 @@ impl Roll for Synthetic {
     }
 
     fn instance(&self) -> Value {
-        json!({"connections": self.0, "started_ms": 1_700_000_000_000_u64, "version": "0.1.0"})
+        json!({"connections": self.0, "started_at_ms": 1_700_000_000_000_u64, "version": "0.1.0"})
     }
 
     fn connection(&self, number: u64) -> Option<Value> {
         Some(json!({
             "instance": self.instance_id(),
             "user": format!("user{number}"),
-            "connected_ms": 1_700_000_000_000 + number,
+            "connected_at_ms": 1_700_000_000_000 + number,
             "remote": "192.0.2.1:50000",
         }))
     }
@@ -35,7 +35,7 @@ impl Roll for Synthetic {
         (0..self.0).filter(|number| is_wanted(*number)).collect()
     }
 
-    fn note_link(&self, _is_up: bool) {}
+    fn note_link(&self, _is_up: bool, _was_up: bool) {}
 }
 
 struct Redis(Child);

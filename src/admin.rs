@@ -23,7 +23,7 @@ pub enum Ask {
         user: Option<String>,
         /// Only the channel's subscribers.
         channel: Option<String>,
-        /// Only those after this connection, in the order of [`order`].
+        /// Only those after this connection, in the order of [`Connection::parse_id`].
         after: Option<String>,
         /// Most of them.
         limit: usize,
@@ -69,12 +69,6 @@ pub fn carry_out(ask: &Ask, broker: &Broker) -> Value {
     }
 }
 
-/// Where a connection stands in lists: by instance, then in the order of opening.
-pub fn order(connection_id: &str) -> Option<(&str, u64)> {
-    let (instance_id, number) = connection_id.rsplit_once('-')?;
-    Some((instance_id, number.parse().ok()?))
-}
-
 fn connections(
     broker: &Broker,
     user: Option<&str>,
@@ -83,7 +77,7 @@ fn connections(
     limit: usize,
 ) -> Vec<Value> {
     let own = &*broker.shared.instance_id;
-    let after = match after.and_then(order) {
+    let after = match after.and_then(Connection::parse_id) {
         Some((instance_id, _)) if instance_id > own => return Vec::new(),
         Some((instance_id, number)) if instance_id == own => number,
         _ => 0,
@@ -105,12 +99,9 @@ fn all(broker: &Broker) -> Vec<Arc<Connection>> {
 fn find(broker: &Broker, target: &Target) -> Vec<Arc<Connection>> {
     match target {
         Target::Connection(id) => {
-            let number = Connection::number_of(id, &broker.shared.instance_id);
-            number
-                .and_then(|number| broker.shared.connections.get(&number))
-                .map(|found| Arc::clone(&found))
-                .into_iter()
-                .collect()
+            let own = Connection::parse_id(id).filter(|(instance_id, _)| **instance_id == *broker.shared.instance_id);
+            let found = own.and_then(|(_, number)| broker.shared.connections.get(&number));
+            found.map(|found| Arc::clone(&found)).into_iter().collect()
         }
         Target::User(user) => {
             let mut found = all(broker);

@@ -217,7 +217,7 @@ impl Api {
     async fn connections(&self, query: &Query) -> Answer {
         let limit = query.limit()?;
         let after = query.get("page").map(str::to_owned);
-        if after.as_deref().is_some_and(|after| admin::order(after).is_none()) {
+        if after.as_deref().is_some_and(|after| Connection::parse_id(after).is_none()) {
             return Err(ErrorCode::BadRequest.with("page is not a page token"));
         }
         let owned = |name| query.get(name).map(str::to_owned);
@@ -229,14 +229,15 @@ impl Api {
         });
         let id = |connection: &Value| connection["connection_id"].as_str().unwrap_or_default().to_owned();
         let mut connections: Vec<_> = lists.flatten().collect();
-        connections.sort_by_cached_key(|connection| admin::order(&id(connection)).map(|(i, n)| (i.to_owned(), n)));
+        connections
+            .sort_by_cached_key(|connection| Connection::parse_id(&id(connection)).map(|(i, n)| (i.to_owned(), n)));
         let is_more = connections.len() > limit;
         connections.truncate(limit);
         let page = connections.last().filter(|_| is_more).map(id);
         Ok(json_response(StatusCode::OK, &told(json!({ "connections": connections, "page": page }), &unreachable)))
     }
 
-    /// Has all instances, or only one, carry something out; the first answer is this one's, if it was meant.
+    /// Has all instances, or only one, carry something out.
     async fn ask(&self, ask: Ask, only: Option<&str>) -> Answers {
         let own = &*self.broker.shared.instance_id;
         let own_answer = only.is_none_or(|only| only == own).then(|| admin::carry_out(&ask, &self.broker));
@@ -251,7 +252,7 @@ impl Api {
     /// The same for an action, told as how many connections it concerned.
     async fn act(&self, ask: Ask, target: &Target, told_as: &str) -> Answer {
         let only = match target {
-            Target::Connection(id) => Some(admin::order(id).ok_or_else(ApiError::not_found)?.0.to_owned()),
+            Target::Connection(id) => Some(Connection::parse_id(id).ok_or_else(ApiError::not_found)?.0.to_owned()),
             Target::User(_) | Target::Channel(_) => None,
         };
         let Answers { answers, unreachable } = self.ask(ask, only.as_deref()).await;

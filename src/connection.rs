@@ -37,7 +37,7 @@ pub struct Shared {
     /// This boot of this instance: 16 hexadecimal digits.
     pub instance_id: Box<str>,
     /// When it booted, in milliseconds since 1970.
-    pub started_ms: u64,
+    pub started_at_ms: u64,
     /// Where connections are known to other instances; with Redis only.
     pub registry: Option<Arc<Registry>>,
 }
@@ -147,9 +147,10 @@ impl Connection {
         format!("{}-{}", self.shared.instance_id, self.number)
     }
 
-    /// The number in an id of this instance.
-    pub fn number_of(id: &str, instance_id: &str) -> Option<u64> {
-        id.strip_prefix(instance_id)?.strip_prefix('-')?.parse().ok()
+    /// The instance and the number in an id: in lists, connections stand in this order.
+    pub fn parse_id(id: &str) -> Option<(&str, u64)> {
+        let (instance_id, number) = id.rsplit_once('-')?;
+        Some((instance_id, number.parse().ok()?))
     }
 
     /// The number in this instance, in the order of opening.
@@ -168,7 +169,7 @@ impl Connection {
     }
 
     /// When it was opened, in milliseconds since 1970.
-    pub fn connected_ms(&self) -> u64 {
+    pub fn connected_at_ms(&self) -> u64 {
         clock::unix_ms(self.opened_us)
     }
 

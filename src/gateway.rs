@@ -98,7 +98,7 @@ impl Gateway {
                 metrics: Metrics::default(),
                 connections: Default::default(),
                 instance_id: format!("{:016x}", rand::random::<u64>()).into(),
-                started_ms: clock::unix_ms(clock::now_us()),
+                started_at_ms: clock::unix_ms(clock::now_us()),
                 registry: redis.is_some().then(|| {
                     Arc::new(Registry::new(registry::Settings {
                         key_prefix: config.redis_key_prefix.as_str().into(),

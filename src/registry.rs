@@ -88,8 +88,8 @@ pub trait Roll: Send + Sync + 'static {
     /// The record of a connection, without the version; `None` once it is closed.
     fn connection(&self, number: u64) -> Option<Value>;
 
-    /// Hears whether the link to Redis is up.
-    fn note_link(&self, is_up: bool);
+    /// Hears whether the link to Redis is up, and whether it was before.
+    fn note_link(&self, is_up: bool, was_up: bool);
 
     /// The numbers of open connections that `is_wanted`.
     fn connections(&self, is_wanted: impl Fn(u64) -> bool) -> Vec<u64>;
@@ -209,17 +209,19 @@ pub async fn run<R: Roll>(client: Client, registry: Arc<Registry>, roll: Arc<R>)
         .set_connection_timeout(Some(redis_link::CONNECT_TIMEOUT))
         .set_response_timeout(Some(RESPONSE_TIMEOUT));
     let mut backoff = Backoff::default();
+    let mut was_up = false;
     loop {
         match redis_link::connect(&client, &config).await {
             Ok(link) => {
                 *registry.link.lock() = Some(link.clone());
-                roll.note_link(true);
+                roll.note_link(true, was_up);
+                was_up = true;
                 backoff = Backoff::default();
                 let error =
                     Writer { link, settings: &registry.settings, registry: &registry, roll: &*roll }.serve().await;
                 warn!(%error, "lost the registry's connection to redis");
                 *registry.link.lock() = None;
-                roll.note_link(false);
+                roll.note_link(false, was_up);
             }
             Err(error) if backoff.is_first() => warn!(%error, "cannot reach redis for the registry, retrying"),
             Err(_) => {}
@@ -443,7 +445,7 @@ impl Roll for Shared {
     fn instance(&self) -> Value {
         json!({
             "connections": self.connections.len(),
-            "started_ms": self.started_ms,
+            "started_at_ms": self.started_at_ms,
             "version": env!("CARGO_PKG_VERSION"),
         })
     }
@@ -453,13 +455,16 @@ impl Roll for Shared {
         Some(json!({
             "instance": self.instance_id,
             "user": connection.user(),
-            "connected_ms": connection.connected_ms(),
+            "connected_at_ms": connection.connected_at_ms(),
             "remote": connection.remote().to_string(),
         }))
     }
 
-    fn note_link(&self, is_up: bool) {
+    fn note_link(&self, is_up: bool, was_up: bool) {
         self.metrics.link_up(Link::Registry, is_up);
+        if is_up && was_up {
+            self.metrics.reconnected(Link::Registry);
+        }
     }
 
     fn connections(&self, is_wanted: impl Fn(u64) -> bool) -> Vec<u64> {

@@ -60,7 +60,7 @@ async fn a_connection_is_in_redis_for_as_long_as_it_lives() {
     assert_eq!((&alice_is["v"], &alice_is["instance"], &alice_is["user"]), (&json!(1), &json!(id), &json!("alice")));
     assert!(alice_is["remote"].as_str().unwrap().starts_with("127.0.0.1:"));
     let now_ms = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64;
-    assert!(alice_is["connected_ms"].as_u64().unwrap().abs_diff(now_ms) < 60_000);
+    assert!(alice_is["connected_at_ms"].as_u64().unwrap().abs_diff(now_ms) < 60_000);
     let lives_ms = async || -> i64 { redis::from_redis_value(redis.command(&["PTTL", &key]).await).unwrap() };
     let mut last = lives_ms().await;
     assert!((1..=2400).contains(&last), "four leases at most, not {last} ms");
@@ -146,7 +146,22 @@ async fn the_registry_is_written_anew_when_redis_comes_back_empty() {
         (keys.iter().filter(|key| key.starts_with("ws:conn:")).count() == 2).then_some(keys)
     })
     .await;
+    assert_eq!(metric(&gateway, r#"hubcast_redis_reconnects_total{link="registry"}"#).await, 1.0);
     assert_eq!(before.intersection(&after).filter(|key| key.starts_with("ws:conn:")).count(), 1, "one of the old ones");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_has_one_printable_name() {
+    let gateway = gateway_with(&[], |_| {});
+    let long = format!("/ws?user={}", "x".repeat(129));
+    for path in ["/ws?user=a&user=b", "/ws?user=a%0Ab", long.as_str()] {
+        match Client::try_open(&gateway, path, None).await.err() {
+            Some(tokio_tungstenite::tungstenite::Error::Http(response)) => assert_eq!(response.status(), 400, "{path}"),
+            other => panic!("{path}: {other:?}"),
+        }
+    }
+    let mut client = Client::open(&gateway, &long[..long.len() - 1], None).await;
+    assert_eq!(client.json().await["type"], "welcome");
 }
 
 #[tokio::test(flavor = "multi_thread")]
