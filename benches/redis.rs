@@ -4,8 +4,8 @@
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use hubcast::channel::Fanout;
 use hubcast::inbox::{Arrival, Inbox};
-use hubcast::multiplexer;
 use hubcast::publication::Payload;
+use hubcast::topology::Topology;
 use hubcast::writer::Writer;
 use redis::{PushInfo, PushKind, Value};
 use world::{CHANNEL, World, data, deliver};
@@ -20,8 +20,7 @@ const MESSAGES: usize = 64;
 /// the redis crate's parser (and its two allocations a message), the multiplexer's select loop, metrics,
 /// lanes, and the flush.
 fn message(criterion: &mut Criterion) {
-    let settings =
-        multiplexer::Settings { channel_prefix: "hub:".into(), probe_interval: std::time::Duration::from_secs(5) };
+    let topology = Topology::servers_of(1, "hub:");
     let redis_channel = format!("hub:{CHANNEL}").into_bytes();
     let payload = data(128).into_bytes();
     let pushed = || PushInfo {
@@ -44,7 +43,7 @@ fn message(criterion: &mut Criterion) {
                 let mut fanout = Fanout::default();
                 while let Some(arrival) = inbox.pop() {
                     let Arrival::Message { channel, payload, .. } = arrival else { continue };
-                    let Some(name) = settings.channel_name(&channel) else { continue };
+                    let Some(name) = topology.channel_name(&channel) else { continue };
                     world.hub.gather(name, Payload::Unchecked(&payload), &mut fanout);
                 }
                 deliver(&mut fanout);

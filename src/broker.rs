@@ -7,13 +7,13 @@ use tokio::sync::oneshot;
 use crate::channel::Fanout;
 use crate::cluster::Cluster;
 use crate::connection::{Connection, Shared};
-use crate::fence::Fence;
 use crate::health::Health;
 use crate::hub::Hub;
 use crate::metrics::{Link, Source};
 use crate::protocol::Refusal;
 use crate::publication::Payload;
-use crate::publisher::{Job, Publisher, Reply};
+use crate::publisher::{Job, Reply};
+use crate::servers::Servers;
 
 /// The one way to publish, shared by sockets, the API and the multiplexer.
 #[derive(Debug)]
@@ -24,12 +24,10 @@ pub struct Broker {
     pub shared: Arc<Shared>,
     /// Whether the gateway is ready.
     pub health: Arc<Health>,
-    /// Fences through Redis, for the drain.
-    pub fence: Fence,
     /// The way to other instances.
     pub cluster: Cluster,
-    /// The way to Redis, where there is one.
-    pub publisher: Option<Publisher>,
+    /// The Redis servers, where there are any.
+    pub servers: Option<Arc<Servers>>,
     /// `HUBCAST_PUBLISH_BYTES_MAX`
     pub publish_bytes_max: usize,
 }
@@ -70,7 +68,7 @@ impl Broker {
     /// `too_large`, or `unavailable` if there was no room in time.
     pub async fn start_publish(&self, channel: &str, payload: Payload<'_>) -> Result<Publishing, Refusal> {
         self.check_size(payload.bytes())?;
-        let Some(publisher) = &self.publisher else {
+        let Some(servers) = &self.servers else {
             let mut fanout = Fanout::default();
             self.gather(channel, payload, Source::Http, &mut fanout);
             self.deliver(&mut fanout);
@@ -80,7 +78,7 @@ impl Broker {
         let (sender, outcome) = oneshot::channel();
         self.shared.metrics.publication(Source::Http);
         let job = Job::new(channel, payload.bytes(), Reply::Http(sender));
-        publisher.send(job).await.map_err(|_| Refusal::unavailable())?;
+        servers.publisher(channel).send(job).await.map_err(|_| Refusal::unavailable())?;
         Ok(Publishing(Some(outcome)))
     }
 
@@ -96,15 +94,17 @@ impl Broker {
 
     /// Waits until everything that was answered as published is in the outboxes of this instance.
     pub async fn flush_upstream(&self) {
-        if self.publisher.is_some() && self.health.is_redis_up() {
-            self.fence.pass().await;
+        if let Some(servers) = &self.servers {
+            servers.pass_fences().await;
         }
     }
 
-    /// Notes whether a Redis link is up, for readiness and metrics.
-    pub fn note_link(&self, link: Link, is_up: bool) {
-        self.health.redis(link, is_up);
-        self.shared.metrics.link_up(link, is_up);
+    /// Notes whether a link to a server is up, for readiness and metrics.
+    pub fn note_link(&self, server: usize, link: Link, is_up: bool) {
+        if let Some(servers) = &self.servers {
+            self.shared.metrics.links_up(link, servers.note_link(server, link, is_up));
+            self.health.redis(servers.is_any_usable());
+        }
     }
 }
 

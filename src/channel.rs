@@ -6,7 +6,7 @@
 //! marked; they are closed after the lock is released.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -133,7 +133,12 @@ pub struct Channel<S> {
     state: Mutex<State<S>>,
     /// The channel waits in the hub's list of changed ones.
     pub(crate) is_listed: AtomicBool,
+    /// The Redis server that has, or was asked for, its subscription; written under the lock. [`NOWHERE`]: none.
+    server: AtomicUsize,
 }
+
+/// No Redis server.
+const NOWHERE: usize = usize::MAX;
 
 #[derive(Debug)]
 struct State<S> {
@@ -193,7 +198,13 @@ impl<S: Subscriber> Channel<S> {
             owes_gap: false,
             is_removed: false,
         };
-        Self { name: name.into(), gathering, state: Mutex::new(state), is_listed: AtomicBool::new(false) }
+        Self {
+            name: name.into(),
+            gathering,
+            state: Mutex::new(state),
+            is_listed: AtomicBool::new(false),
+            server: AtomicUsize::new(NOWHERE),
+        }
     }
 
     /// The channel's name.
@@ -319,11 +330,26 @@ impl<S: Subscriber> Channel<S> {
         state.is_removed
     }
 
-    /// The multiplexer's next step for this channel.
-    pub fn reconcile(&self, now_us: u64) -> Step {
+    /// The next step of a server's multiplexer for this channel, which is subscribed there or nowhere.
+    pub fn reconcile(&self, server: usize, now_us: u64) -> Step {
         let mut state = self.state.lock();
         let idle_since_us = state.idle_since_us;
-        state.upstream.reconcile(idle_since_us, now_us)
+        let step = state.upstream.reconcile(idle_since_us, now_us);
+        if step == Step::Subscribe {
+            self.server.store(server, Ordering::Release);
+        }
+        step
+    }
+
+    /// The Redis server that has, or was asked for, the channel's subscription.
+    pub(crate) fn upstream_server(&self) -> Option<usize> {
+        Some(self.server.load(Ordering::Acquire)).filter(|server| *server != NOWHERE)
+    }
+
+    /// Whether a SUBSCRIBE is sent to the server and not confirmed.
+    pub(crate) fn is_subscribing_at(&self, server: usize) -> bool {
+        let state = self.state.lock();
+        state.upstream == Upstream::Subscribing && self.upstream_server() == Some(server)
     }
 
     /// Redis confirmed the SUBSCRIBE: tells members of the gap they are owed, then lets those who waited in.
@@ -353,12 +379,16 @@ impl<S: Subscriber> Channel<S> {
         let mut state = self.state.lock();
         let was_live = state.upstream.confirm_unsubscribe();
         state.owes_gap |= was_live && !state.members.is_empty();
+        if state.upstream == Upstream::Absent {
+            self.server.store(NOWHERE, Ordering::Release);
+        }
     }
 
     /// The link is lost, or Redis refused the SUBSCRIBE.
     pub(crate) fn lose_upstream(&self) {
         let mut state = self.state.lock();
         state.upstream.lose();
+        self.server.store(NOWHERE, Ordering::Release);
         state.owes_gap |= !state.members.is_empty();
     }
 

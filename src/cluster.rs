@@ -4,7 +4,7 @@
 //! envelope is JSON with a version; what a newer build asks and this one does not know is answered by nothing,
 //! which the asker sees at its deadline.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -58,6 +58,8 @@ pub struct Cluster {
     channel_prefix: Box<str>,
     next: AtomicU64,
     waiting: Mutex<HashMap<u64, mpsc::Sender<(String, Value)>>>,
+    /// The questions that arrived last: in a Redis Cluster each comes through every node.
+    seen: Mutex<VecDeque<(String, u64)>>,
     questions: mpsc::Sender<Question>,
 }
 
@@ -86,8 +88,8 @@ impl Cluster {
     /// The place, and the queue that [`run`] serves.
     pub fn new(channel_prefix: &str) -> (Self, mpsc::Receiver<Question>) {
         let (questions, queue) = mpsc::channel(QUESTIONS_MAX);
-        let waiting = Mutex::default();
-        (Self { channel_prefix: channel_prefix.into(), next: AtomicU64::new(0), waiting, questions }, queue)
+        let (waiting, seen) = (Mutex::default(), Mutex::default());
+        (Self { channel_prefix: channel_prefix.into(), next: AtomicU64::new(0), waiting, seen, questions }, queue)
     }
 
     /// The control channel of all instances, and that of one.
@@ -139,6 +141,7 @@ impl Cluster {
         match content {
             // A question to all comes back to whoever asked.
             Content::Ask(_) if from == own_id => {}
+            Content::Ask(_) if self.was_seen(&from, id) => {}
             Content::Ask(ask) => {
                 if self.questions.try_send(Question { id, from, ask }).is_err() {
                     warn!("too many questions of other instances, one is not answered");
@@ -151,6 +154,19 @@ impl Cluster {
                 }
             }
         }
+    }
+
+    /// Whether a question arrived before; from now on it has.
+    fn was_seen(&self, from: &str, id: u64) -> bool {
+        let mut seen = self.seen.lock();
+        let was_seen = seen.iter().any(|(other, number)| *number == id && other == from);
+        if !was_seen {
+            seen.push_back((from.to_owned(), id));
+            if seen.len() > QUESTIONS_MAX {
+                seen.pop_front();
+            }
+        }
+        was_seen
     }
 
     async fn send(&self, broker: &Broker, channel: &str, id: u64, content: Content) -> bool {

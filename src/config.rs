@@ -45,7 +45,22 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "HUBCAST_REDIS_URL",
         "",
-        "redis://[user:password@]host:port[/db]. Without it the instance is complete on its own.",
+        "redis://[user:password@]host:port[/db], rediss:// for TLS; a comma list as the mode says. Without it the instance is complete on its own.",
+    ),
+    variable(
+        "HUBCAST_REDIS_MODE",
+        "standalone",
+        "What the list names: standalone, independent servers that share the channels; sentinel, its sentinels; cluster, some of its nodes.",
+    ),
+    variable(
+        "HUBCAST_REDIS_SENTINEL_MASTER",
+        "mymaster",
+        "The primary's name at the sentinels: what Redis' own sample configuration calls it.",
+    ),
+    variable(
+        "HUBCAST_REDIS_PARTITIONS",
+        "64",
+        "Partitions of the channels in cluster mode, the same on all instances: 64 spread evenly over 3 or 4 nodes.",
     ),
     variable(
         "HUBCAST_REDIS_CHANNEL_PREFIX",
@@ -122,8 +137,14 @@ pub struct Config {
     pub insecure_internal: bool,
     /// `HUBCAST_API_KEYS`
     pub api_keys: Vec<String>,
-    /// `HUBCAST_REDIS_URL`
-    pub redis_url: Option<String>,
+    /// `HUBCAST_REDIS_URL`; none without Redis.
+    pub redis_urls: Vec<String>,
+    /// `HUBCAST_REDIS_MODE`
+    pub redis_mode: RedisMode,
+    /// `HUBCAST_REDIS_SENTINEL_MASTER`
+    pub redis_sentinel_master: String,
+    /// `HUBCAST_REDIS_PARTITIONS`
+    pub redis_partitions: usize,
     /// `HUBCAST_REDIS_CHANNEL_PREFIX`
     pub redis_channel_prefix: String,
     /// `HUBCAST_REDIS_KEY_PREFIX`
@@ -172,6 +193,27 @@ pub struct Config {
 #[derive(Debug)]
 pub struct ConfigError(String);
 
+/// What `HUBCAST_REDIS_URL` names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RedisMode {
+    /// One server, or several independent ones that share the channels.
+    Standalone,
+    /// Sentinels that know the primary.
+    Sentinel,
+    /// Some nodes of a Redis Cluster.
+    Cluster,
+}
+
+impl RedisMode {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Standalone => "standalone",
+            Self::Sentinel => "sentinel",
+            Self::Cluster => "cluster",
+        }
+    }
+}
+
 impl fmt::Display for ConfigError {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(&self.0)
@@ -196,9 +238,13 @@ impl Config {
             )?,
             insecure_internal: values.get("HUBCAST_INSECURE_INTERNAL", "true or false", |text| text.parse().ok())?,
             api_keys: values.get("HUBCAST_API_KEYS", "a comma list of keys", |list| Some(comma_list(list)))?,
-            redis_url: values.get("HUBCAST_REDIS_URL", "redis://[user:password@]host:port[/db]", redis_url)?,
-            redis_channel_prefix: values.text("HUBCAST_REDIS_CHANNEL_PREFIX"),
-            redis_key_prefix: values.text("HUBCAST_REDIS_KEY_PREFIX"),
+            redis_urls: values.get("HUBCAST_REDIS_URL", REDIS_URL_ALLOWED, redis_urls)?,
+            redis_mode: values.get("HUBCAST_REDIS_MODE", "standalone, sentinel or cluster", redis_mode)?,
+            redis_sentinel_master: values.text("HUBCAST_REDIS_SENTINEL_MASTER"),
+            redis_partitions: values
+                .get("HUBCAST_REDIS_PARTITIONS", "a number from 1 to 16384", |text| whole(text, 1, 16_384))?,
+            redis_channel_prefix: values.get("HUBCAST_REDIS_CHANNEL_PREFIX", PREFIX_ALLOWED, redis_prefix)?,
+            redis_key_prefix: values.get("HUBCAST_REDIS_KEY_PREFIX", PREFIX_ALLOWED, redis_prefix)?,
             registry_lease: Duration::from_secs(30),
             redis_probe_interval: Duration::from_secs(5),
             worker_threads: values.get("HUBCAST_WORKER_THREADS", "a number from 1 to 1024", |text| match text {
@@ -266,7 +312,10 @@ impl Config {
                     "HUBCAST_INTERNAL_LISTEN" => self.internal_listen.to_string(),
                     "HUBCAST_INSECURE_INTERNAL" => self.insecure_internal.to_string(),
                     "HUBCAST_API_KEYS" => self.api_keys.iter().map(|key| mask(key)).collect::<Vec<_>>().join(","),
-                    "HUBCAST_REDIS_URL" => self.redis_url.as_deref().map(masked_url).unwrap_or_default(),
+                    "HUBCAST_REDIS_URL" => masked_urls(&self.redis_urls),
+                    "HUBCAST_REDIS_MODE" => self.redis_mode.as_str().to_owned(),
+                    "HUBCAST_REDIS_SENTINEL_MASTER" => self.redis_sentinel_master.clone(),
+                    "HUBCAST_REDIS_PARTITIONS" => self.redis_partitions.to_string(),
                     "HUBCAST_REDIS_CHANNEL_PREFIX" => self.redis_channel_prefix.clone(),
                     "HUBCAST_REDIS_KEY_PREFIX" => self.redis_key_prefix.clone(),
                     "HUBCAST_WORKER_THREADS" => self.worker_threads.to_string(),
@@ -329,7 +378,7 @@ impl Values {
     fn get<T>(&self, name: &str, allowed: &str, parse: impl Fn(&str) -> Option<T>) -> Result<T, ConfigError> {
         let text = self.text(name);
         parse(&text).ok_or_else(|| {
-            let shown = if name == "HUBCAST_REDIS_URL" { masked_url(&text) } else { text.clone() };
+            let shown = if name == "HUBCAST_REDIS_URL" { masked_urls(&comma_list(&text)) } else { text.clone() };
             ConfigError(format!("{name}={shown}: allowed is {allowed}"))
         })
     }
@@ -394,11 +443,28 @@ fn comma_list(text: &str) -> Vec<String> {
     text.split(',').map(str::trim).filter(|entry| !entry.is_empty()).map(str::to_owned).collect()
 }
 
-fn redis_url(text: &str) -> Option<Option<String>> {
-    match text {
-        "" => Some(None),
-        url => (url.starts_with("redis://") && redis::parse_redis_url(url).is_some()).then(|| Some(url.to_owned())),
-    }
+const REDIS_URL_ALLOWED: &str = "a comma list of redis:// or rediss://[user:password@]host:port[/db]";
+
+fn redis_urls(text: &str) -> Option<Vec<String>> {
+    let is_url = |url: &String| {
+        (url.starts_with("redis://") || url.starts_with("rediss://")) && redis::parse_redis_url(url).is_some()
+    };
+    let urls = comma_list(text);
+    urls.iter().all(is_url).then_some(urls)
+}
+
+fn redis_mode(text: &str) -> Option<RedisMode> {
+    [RedisMode::Standalone, RedisMode::Sentinel, RedisMode::Cluster].into_iter().find(|mode| mode.as_str() == text)
+}
+
+const PREFIX_ALLOWED: &str = "text without { and }, which would move the hash slot";
+
+fn redis_prefix(text: &str) -> Option<String> {
+    (!text.contains(['{', '}'])).then(|| text.to_owned())
+}
+
+fn masked_urls(urls: &[String]) -> String {
+    urls.iter().map(|url| masked_url(url)).collect::<Vec<_>>().join(",")
 }
 
 /// Everything between the scheme and the `@` may be secret.

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use redis::Client;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinHandle;
@@ -25,16 +24,13 @@ use crate::cluster::{self, Cluster};
 use crate::config::{Config, RESERVED_FILES};
 use crate::connection::{Connection, Liveness, Shared};
 use crate::event;
-use crate::fence::Fence;
 use crate::frame::{Frame, Opcode};
 use crate::health::Health;
 use crate::hub::Hub;
 use crate::lanes::Lanes;
 use crate::listen::{self, Public};
 use crate::metrics::Metrics;
-use crate::multiplexer;
-use crate::publisher::{self, Jobs, Publisher};
-use crate::redis_link;
+use crate::redis_tasks::Redis;
 use crate::registry::{self, Registry};
 use crate::session::{End, SessionContext};
 
@@ -81,15 +77,15 @@ impl Gateway {
     /// # Errors
     /// An address that cannot be bound, or a bad Redis URL.
     pub fn start(config: Config) -> anyhow::Result<Self> {
+        let instance_id = format!("{:016x}", rand::random::<u64>());
         let listener = bind("HUBCAST_LISTEN", config.listen)?;
         let internal = bind("HUBCAST_INTERNAL_LISTEN", config.internal_listen)?;
         let (addr, internal_addr) = (listener.local_addr()?, internal.local_addr()?);
-        let redis = config.redis_url.as_deref().map(redis_link::client).transpose()?;
-        let (publisher, jobs) = Publisher::new(config.publish_timeout);
+        let redis = Redis::new(&config, &instance_id)?;
         let (cluster, questions) = Cluster::new(&config.redis_channel_prefix);
         let broker = Arc::new(Broker {
-            hub: match redis {
-                Some(_) => Hub::with_upstream(config.channel_rules.clone(), config.outbox),
+            hub: match &redis {
+                Some(redis) => Hub::with_upstream(config.channel_rules.clone(), config.outbox, redis.topology()),
                 None => Hub::local(config.channel_rules.clone(), config.outbox),
             },
             shared: Arc::new(Shared {
@@ -97,7 +93,7 @@ impl Gateway {
                 lanes: Arc::new(Lanes::new(config.worker_threads)),
                 metrics: Metrics::default(),
                 connections: Default::default(),
-                instance_id: format!("{:016x}", rand::random::<u64>()).into(),
+                instance_id: instance_id.into(),
                 started_at_ms: clock::unix_ms(clock::now_us()),
                 registry: redis.is_some().then(|| {
                     Arc::new(Registry::new(registry::Settings {
@@ -107,15 +103,14 @@ impl Gateway {
                 }),
             }),
             health: Arc::new(Health::new(redis.is_some())),
-            fence: Fence::default(),
             cluster,
-            publisher: redis.is_some().then_some(publisher),
+            servers: redis.as_ref().map(Redis::servers),
             publish_bytes_max: config.publish_bytes_max,
         });
         let ended = Arc::new(Ended::default());
         let mut tasks = background(&config, &broker);
-        if let Some(client) = redis {
-            tasks.extend(with_redis(&client, jobs, &config, &broker));
+        if let Some(redis) = redis {
+            tasks.extend(redis.start(&config, &broker)?);
             tasks.push(tokio::spawn(cluster::run(Arc::clone(&broker), questions)));
         }
         let api = Arc::new(Api {
@@ -282,21 +277,6 @@ fn background(config: &Config, broker: &Arc<Broker>) -> Vec<JoinHandle<()>> {
         write_timeout_us: micros(config.write_timeout),
     };
     tasks.push(tokio::spawn(sweep(Arc::clone(shared), liveness)));
-    tasks
-}
-
-/// The tasks that know Redis: one for each link.
-fn with_redis(client: &Client, jobs: Jobs, config: &Config, broker: &Arc<Broker>) -> Vec<JoinHandle<()>> {
-    let channel_prefix: Box<str> = config.redis_channel_prefix.as_str().into();
-    let publish =
-        publisher::run(client.clone(), jobs, Arc::clone(broker), channel_prefix.clone(), config.publish_timeout);
-    let settings = multiplexer::Settings { channel_prefix, probe_interval: config.redis_probe_interval };
-    let listen = multiplexer::run(client.clone(), settings, Arc::clone(broker));
-    let mut tasks = vec![tokio::spawn(publish), tokio::spawn(listen)];
-    if let Some(registry) = &broker.shared.registry {
-        let roll = Arc::clone(&broker.shared);
-        tasks.push(tokio::spawn(registry::run(client.clone(), Arc::clone(registry), roll)));
-    }
     tasks
 }
 

@@ -17,6 +17,7 @@ use crate::frame::Frame;
 use crate::outbox::Limits;
 use crate::publication::Payload;
 use crate::rules::ChannelRules;
+use crate::topology::Topology;
 use crate::upstream::Upstream;
 
 /// Shards of the channel map: 128 bytes each, and enough that 64 cores seldom meet.
@@ -30,13 +31,20 @@ pub struct Hub<S> {
     outbox: Limits,
     /// The gateway drains: publications do not wait for others any more.
     is_draining: AtomicBool,
-    upstream: Option<Changes<S>>,
+    upstream: Option<Upstreams<S>>,
 }
 
-/// Channels whose subscriptions at Redis may have to change. Each is listed at most once, so the
+/// The Redis servers, as far as the hub knows them: where a channel lives, and what has changed for each.
+#[derive(Debug)]
+struct Upstreams<S> {
+    topology: Arc<Topology>,
+    changes: Box<[Changes<S>]>,
+}
+
+/// Channels whose subscriptions at one Redis server may have to change. Each is listed at most once, so the
 /// list is bounded by the number of channels.
 #[derive(Debug)]
-pub struct Changes<S> {
+struct Changes<S> {
     list: Mutex<Vec<Arc<Channel<S>>>>,
     notify: Notify,
 }
@@ -47,12 +55,14 @@ impl<S: Subscriber> Hub<S> {
         Self::new(rules, outbox, None)
     }
 
-    /// A hub whose channels become live when the multiplexer confirms them.
-    pub fn with_upstream(rules: ChannelRules, outbox: Limits) -> Arc<Self> {
-        Self::new(rules, outbox, Some(Changes { list: Mutex::new(Vec::new()), notify: Notify::new() }))
+    /// A hub whose channels become live when a multiplexer confirms them.
+    pub fn with_upstream(rules: ChannelRules, outbox: Limits, topology: Arc<Topology>) -> Arc<Self> {
+        let changes = (0..topology.servers()).map(|_| Changes { list: Mutex::default(), notify: Notify::new() });
+        let changes = changes.collect();
+        Self::new(rules, outbox, Some(Upstreams { topology, changes }))
     }
 
-    fn new(rules: ChannelRules, outbox: Limits, upstream: Option<Changes<S>>) -> Arc<Self> {
+    fn new(rules: ChannelRules, outbox: Limits, upstream: Option<Upstreams<S>>) -> Arc<Self> {
         let channels = DashMap::with_hasher_and_shard_amount(foldhash::quality::RandomState::default(), SHARDS);
         Arc::new(Self { channels, rules, outbox, is_draining: AtomicBool::new(false), upstream })
     }
@@ -157,19 +167,28 @@ impl<S: Subscriber> Hub<S> {
         self.list(channel);
     }
 
-    /// The link is lost: every channel is absent at Redis, and wanted as before.
-    pub fn lose_upstream(&self) {
+    /// The link to a server is lost: its channels are absent there, and wanted as before.
+    pub fn lose_upstream(&self, server: usize) {
         for channel in self.channels() {
-            channel.lose_upstream();
-            self.list(&channel);
+            if channel.upstream_server() == Some(server) {
+                channel.lose_upstream();
+                self.list(&channel);
+            }
         }
     }
 
-    /// Has the multiplexer look at every channel.
-    pub fn list_all(&self) {
+    /// Has the multiplexer of a server look at every channel that is there or belongs there.
+    pub fn list_all(&self, server: usize) {
         for channel in self.channels() {
-            self.list(&channel);
+            if self.upstream.as_ref().is_some_and(|upstream| upstream.server(&channel) == server) {
+                self.list(&channel);
+            }
         }
+    }
+
+    /// Has every channel looked at by the server that it belongs to.
+    pub fn list_everything(&self) {
+        self.channels().iter().for_each(|channel| self.list(channel));
     }
 
     /// Redis refused the SUBSCRIBE of one channel; the caller looks at it again later.
@@ -177,31 +196,43 @@ impl<S: Subscriber> Hub<S> {
         channel.lose_upstream();
     }
 
-    /// Has the multiplexer look at a channel.
-    fn list(&self, channel: &Arc<Channel<S>>) {
-        let Some(changes) = &self.upstream else { return };
+    /// Has the right multiplexer look at a channel.
+    pub(crate) fn list(&self, channel: &Arc<Channel<S>>) {
+        let Some(upstream) = &self.upstream else { return };
         if !channel.is_listed.swap(true, Ordering::AcqRel) {
+            let changes = &upstream.changes[upstream.server(channel)];
             changes.list.lock().push(Arc::clone(channel));
             changes.notify.notify_one();
         }
     }
 
-    /// Waits until a channel is listed.
-    pub async fn changed(&self) {
+    /// Waits until a channel is listed for the server.
+    pub async fn changed(&self, server: usize) {
         match &self.upstream {
-            Some(changes) => changes.notify.notified().await,
+            Some(upstream) => upstream.changes[server].notify.notified().await,
             None => std::future::pending().await,
         }
     }
 
-    /// Takes the listed channels. A change after this lists its channel anew.
-    pub fn take_changed(&self) -> Vec<Arc<Channel<S>>> {
-        let Some(changes) = &self.upstream else { return Vec::new() };
-        let listed = std::mem::take(&mut *changes.list.lock());
+    /// Takes the channels that are listed for the server. A change after this lists its channel anew.
+    ///
+    /// Some may belong to another server by now: [`Hub::pass_on`] takes care of them.
+    pub fn take_changed(&self, server: usize) -> Vec<Arc<Channel<S>>> {
+        let Some(upstream) = &self.upstream else { return Vec::new() };
+        let listed = std::mem::take(&mut *upstream.changes[server].list.lock());
         for channel in &listed {
             channel.is_listed.store(false, Ordering::Release);
         }
         listed
+    }
+
+    /// Lists a channel for the server to which it belongs, if that is another one.
+    pub fn pass_on(&self, channel: &Arc<Channel<S>>, from: usize) -> bool {
+        let is_elsewhere = self.upstream.as_ref().is_some_and(|upstream| upstream.server(channel) != from);
+        if is_elsewhere {
+            self.list(channel);
+        }
+        is_elsewhere
     }
 
     fn create(&self, name: &str) -> Arc<Channel<S>> {
@@ -209,6 +240,13 @@ impl<S: Subscriber> Hub<S> {
         let channel = Arc::new(Channel::new(name, upstream, Gathering::new(self.rules.coalesce(name), &self.outbox)));
         let key = channel.shared_name();
         Arc::clone(&self.channels.entry(key).or_insert(channel))
+    }
+}
+
+impl<S: Subscriber> Upstreams<S> {
+    /// The server that a channel is subscribed at, or else belongs to.
+    fn server(&self, channel: &Channel<S>) -> usize {
+        channel.upstream_server().unwrap_or_else(|| self.topology.server_of(channel.name()))
     }
 }
 

@@ -70,11 +70,17 @@ impl Inbox {
     pub fn push(&self, push: PushInfo) {
         let mut data = push.data.into_iter();
         let arrival = match (push.kind, data.next(), data.next()) {
-            (PushKind::Message, Some(Value::BulkString(channel)), Some(Value::BulkString(payload))) => {
-                Some(Arrival::Message { channel, payload, after_gap: false })
+            (
+                PushKind::Message | PushKind::SMessage,
+                Some(Value::BulkString(channel)),
+                Some(Value::BulkString(payload)),
+            ) => Some(Arrival::Message { channel, payload, after_gap: false }),
+            (PushKind::Subscribe | PushKind::SSubscribe, Some(Value::BulkString(channel)), _) => {
+                Some(Arrival::Subscribed(channel))
             }
-            (PushKind::Subscribe, Some(Value::BulkString(channel)), _) => Some(Arrival::Subscribed(channel)),
-            (PushKind::Unsubscribe, Some(Value::BulkString(channel)), _) => Some(Arrival::Unsubscribed(channel)),
+            (PushKind::Unsubscribe | PushKind::SUnsubscribe, Some(Value::BulkString(channel)), _) => {
+                Some(Arrival::Unsubscribed(channel))
+            }
             (PushKind::Disconnection, ..) => {
                 self.lose("redis ended the connection");
                 None

@@ -60,12 +60,19 @@ pub mod outbox;
 pub mod writer;
 
 pub mod cluster;
+pub mod commands;
+pub mod control;
 pub mod fence;
 pub mod inbox;
 pub mod multiplexer;
 pub mod publisher;
+pub mod redis_cluster;
 pub mod redis_link;
+pub mod redis_sentinel;
+pub mod redis_tasks;
 pub mod registry;
+pub mod servers;
+pub mod topology;
 pub mod upstream;
 
 pub mod clock;

@@ -102,6 +102,8 @@ pub struct Metrics {
     pub fanout: Histogram,
     /// Seconds from encoding a frame until the sockets of a flush slice had it; one sample a slice.
     pub publish_to_socket: Histogram,
+    /// Redis servers that there are to be connections to.
+    pub redis_servers: Gauge,
     links: [Gauge; 3],
     reconnects: Labelled<3>,
     /// Channels subscribed again after a reconnect.
@@ -169,6 +171,7 @@ impl Default for Metrics {
                 "publish_to_socket_seconds",
                 "Time from encoding a frame until a slice of sockets had it, one sample a slice",
             ),
+            redis_servers: register(r, "redis_servers", "Redis servers that there are to be connections to"),
             links: links(r),
             reconnects: labelled(
                 r,
@@ -220,9 +223,9 @@ impl Metrics {
         }
     }
 
-    /// Notes whether a Redis connection is up.
-    pub fn link_up(&self, link: Link, is_up: bool) {
-        self.links[link as usize].set(i64::from(is_up));
+    /// Notes to how many Redis servers a link is up.
+    pub fn links_up(&self, link: Link, count: usize) {
+        self.links[link as usize].set(count as i64);
     }
 
     /// Counts a connection made anew.
@@ -263,6 +266,6 @@ fn labelled<const N: usize>(
 
 fn links(registry: &mut Registry) -> [Gauge; 3] {
     let family = Family::<Labels, Gauge>::default();
-    registry.register("redis_link_up", "Whether the Redis connection is up", family.clone());
+    registry.register("redis_link_up", "Redis servers to which the connection is up", family.clone());
     ["subscribe", "publish", "registry"].map(|link| family.get_or_create_owned(&[("link", link)]))
 }

@@ -1,4 +1,4 @@
-//! The one Redis connection that listens, for all channels of this instance.
+//! The one connection that listens to a Redis server, for all its channels.
 //!
 //! Level-triggered: the hub's channels are what is wanted, Redis' confirmations what is there, and
 //! each turn of the loop reconciles the two in batches. Lost links, races between last leave and
@@ -9,8 +9,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use redis::AsyncConnectionConfig;
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Client};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::{info, warn};
@@ -20,10 +20,12 @@ use crate::channel::{Channel, Fanout};
 use crate::clock;
 use crate::cluster::Cluster;
 use crate::connection::Connection;
+use crate::control::{self, Control, Probe, Probing};
 use crate::inbox::{Arrival, Inbox};
 use crate::metrics::{Drop as DropReason, Link, Source};
 use crate::publication::Payload;
-use crate::redis_link::{self, Backoff};
+use crate::redis_link::{self, Backoff, Endpoint, is_about_slots};
+use crate::servers::Servers;
 use crate::upstream::Step;
 
 /// Channel names of one SUBSCRIBE or UNSUBSCRIBE.
@@ -38,49 +40,44 @@ const REFUSED_RETRY_US: u64 = 5_000_000;
 /// A link that held this long was good: the next pause starts small again.
 const STABLE_TIME: Duration = Duration::from_secs(5);
 
-/// Probes that may be missing before the link is dead.
-const PROBES_MISSED_MAX: u32 = 2;
-
-/// What a fence's payload starts with; a probe's is a time.
-const FENCE: &str = "fence:";
+/// A cluster that did not take a SSUBSCRIBE is asked again after this (µs): a slot is moving, or its node failed.
+const MOVED_RETRY_US: u64 = 100_000;
 
 type HubChannel = Arc<Channel<Arc<Connection>>>;
 
-/// What the multiplexer needs to know.
-#[derive(Debug)]
+/// What a multiplexer needs to know.
+#[derive(Clone, Debug)]
 pub struct Settings {
+    /// The place of its server in the topology.
+    pub server: usize,
     /// `HUBCAST_REDIS_CHANNEL_PREFIX`
     pub channel_prefix: Box<str>,
     /// How often a probe goes through Redis and back.
     pub probe_interval: Duration,
 }
 
-impl Settings {
-    /// The hub's name of a Redis channel, if it is one of the hub's.
-    pub fn channel_name<'a>(&self, redis_channel: &'a [u8]) -> Option<&'a str> {
-        str::from_utf8(redis_channel.strip_prefix(self.channel_prefix.as_bytes())?).ok()
-    }
-}
-
 /// Listens until the runtime ends.
-pub async fn run(client: Client, settings: Settings, broker: Arc<Broker>) {
+pub async fn run(mut endpoint: Endpoint, settings: Settings, broker: Arc<Broker>, servers: Arc<Servers>) {
     let control = Cluster::control_channels(&settings.channel_prefix, &broker.shared.instance_id);
+    let context = Context { settings, control, broker, servers };
+    let (broker, server) = (&context.broker, context.settings.server);
     let mut backoff = Backoff::default();
     let mut was_up = false;
     loop {
         let inbox = Arc::new(Inbox::new());
-        match forgetting(&broker, connect(&client, &inbox, &control)).await {
+        match context.forgetting(connect(&mut endpoint, &inbox, &context.control)).await {
             Ok(connection) => {
-                info!("listening to redis");
+                info!(server, "listening to redis");
                 if was_up {
                     broker.shared.metrics.reconnected(Link::Subscribe);
                 }
-                broker.note_link(Link::Subscribe, true);
+                broker.note_link(server, Link::Subscribe, true);
                 let since = Instant::now();
-                let mut turn = Turn::new(connection, inbox, &settings, &control, &broker, was_up);
-                let why = turn.serve().await;
-                warn!(why, "lost the listening connection to redis");
-                broker.note_link(Link::Subscribe, false);
+                let mut turn = Turn::new(connection, inbox, &context, was_up);
+                let why = turn.serve(&mut endpoint).await;
+                warn!(server, why, "lost the listening connection to redis");
+                broker.note_link(server, Link::Subscribe, false);
+                endpoint.doubt();
                 turn.lose().await;
                 was_up = true;
                 if since.elapsed() > STABLE_TIME {
@@ -89,25 +86,43 @@ pub async fn run(client: Client, settings: Settings, broker: Arc<Broker>) {
             }
             Err(error) => {
                 if backoff.is_first() {
-                    warn!(%error, "cannot listen to redis, retrying");
+                    warn!(server, %error, "cannot listen to redis, retrying");
                 }
             }
         }
-        forgetting(&broker, tokio::time::sleep(backoff.pause())).await;
+        context.forgetting(tokio::time::sleep(backoff.pause())).await;
     }
 }
 
-/// Awaits `task` while there is no link. Channels that come and go meanwhile are dropped at once, so
-/// they cannot pile up; those that stay are listed again by the next turn.
-async fn forgetting<T>(broker: &Broker, task: impl Future<Output = T>) -> T {
-    tokio::pin!(task);
-    loop {
-        tokio::select! {
-            biased;
-            result = &mut task => return result,
-            () = broker.hub.changed() => {
-                for channel in broker.hub.take_changed() {
-                    broker.hub.forget(&channel);
+/// What outlives a connection.
+struct Context {
+    settings: Settings,
+    /// The control channel of all instances, and our own.
+    control: [String; 2],
+    broker: Arc<Broker>,
+    servers: Arc<Servers>,
+}
+
+impl Context {
+    fn is_control(&self, redis_channel: &[u8]) -> bool {
+        self.control.iter().any(|control| control.as_bytes() == redis_channel)
+    }
+
+    /// Awaits `task` while there is no link. Channels that come and go meanwhile are dropped at once, so
+    /// they cannot pile up; those that stay are listed again by the next turn.
+    async fn forgetting<T>(&self, task: impl Future<Output = T>) -> T {
+        let (hub, server) = (&self.broker.hub, self.settings.server);
+        tokio::pin!(task);
+        loop {
+            tokio::select! {
+                biased;
+                result = &mut task => return result,
+                () = hub.changed(server) => {
+                    for channel in hub.take_changed(server) {
+                        if !hub.pass_on(&channel, server) {
+                            hub.forget(&channel);
+                        }
+                    }
                 }
             }
         }
@@ -116,7 +131,7 @@ async fn forgetting<T>(broker: &Broker, task: impl Future<Output = T>) -> T {
 
 /// Connects and subscribes to the control channels, which proves that the link listens.
 async fn connect(
-    client: &Client,
+    endpoint: &mut Endpoint,
     inbox: &Arc<Inbox>,
     control: &[String; 2],
 ) -> redis::RedisResult<MultiplexedConnection> {
@@ -128,7 +143,7 @@ async fn connect(
             pushed.push(push);
             Ok::<(), ()>(())
         });
-    let mut connection = redis_link::connect(client, &config).await?;
+    let mut connection = endpoint.connect(&config).await?;
     connection.subscribe(control).await?;
     Ok(connection)
 }
@@ -137,10 +152,9 @@ async fn connect(
 struct Turn<'a> {
     connection: MultiplexedConnection,
     inbox: Arc<Inbox>,
-    settings: &'a Settings,
-    /// The control channel of all instances, and our own.
-    control: &'a [String; 2],
+    context: &'a Context,
     broker: &'a Arc<Broker>,
+    server: usize,
     is_reconnect: bool,
     /// SUBSCRIBEs and UNSUBSCRIBEs whose answer is awaited.
     commands: JoinSet<Answered>,
@@ -156,48 +170,42 @@ struct Answered {
     answer: redis::RedisResult<()>,
 }
 
-struct Probe {
-    next: Instant,
-    is_outstanding: bool,
-    missed: u32,
-}
-
 impl<'a> Turn<'a> {
-    fn new(
-        connection: MultiplexedConnection,
-        inbox: Arc<Inbox>,
-        settings: &'a Settings,
-        control: &'a [String; 2],
-        broker: &'a Arc<Broker>,
-        is_reconnect: bool,
-    ) -> Self {
-        let probe = Probe { next: Instant::now(), is_outstanding: false, missed: 0 };
+    fn new(connection: MultiplexedConnection, inbox: Arc<Inbox>, context: &'a Context, is_reconnect: bool) -> Self {
+        let (broker, server) = (&context.broker, context.settings.server);
+        let probe = Probe::new(server, context.settings.probe_interval);
         let (commands, later) = (JoinSet::new(), VecDeque::new());
-        Self { connection, inbox, settings, control, broker, is_reconnect, commands, later, probe }
+        Self { connection, inbox, context, broker, server, is_reconnect, commands, later, probe }
     }
 
     /// Serves until the link is lost; returns why.
-    async fn serve(&mut self) -> &'static str {
+    async fn serve(&mut self, endpoint: &mut Endpoint) -> &'static str {
         let broker = self.broker;
+        let fences = self.context.servers.fence(self.server);
         let inbox = Arc::clone(&self.inbox);
-        broker.hub.list_all();
+        broker.hub.list_all(self.server);
         loop {
             self.take_arrivals().await;
             if let Some(why) = self.inbox.lost() {
                 return why;
             }
             self.reconcile();
-            if !self.send_due_probe() {
-                return "a probe did not come back";
+            match self.probe.due() {
+                Probing::Send(payload) => self.send_control(&payload),
+                Probing::Rest => {}
+                Probing::Dead => return "a probe did not come back",
             }
             let due = self.next_due();
             tokio::select! {
                 () = inbox.arrived() => {}
-                () = broker.hub.changed() => {}
+                () = broker.hub.changed(self.server) => {}
                 () = tokio::time::sleep_until(due) => {}
-                fence = broker.fence.asked() => self.send_control(&format!("{FENCE}{fence}")),
+                fence = fences.asked() => self.send_control(&control::fence(self.server, fence)),
+                () = endpoint.moved() => return "the server is another one now",
                 Some(Ok(answered)) = self.commands.join_next() => {
-                    if let Some(why) = self.answered(answered) {
+                    // What arrived before the answer tells what it means.
+                    self.take_arrivals().await;
+                    if let Some(why) = self.answered(answered, endpoint) {
                         return why;
                     }
                 }
@@ -206,15 +214,30 @@ impl<'a> Turn<'a> {
     }
 
     /// Acts on an answer; returns why the link is to be given up, if it is.
-    fn answered(&mut self, answered: Answered) -> Option<&'static str> {
+    fn answered(&mut self, answered: Answered, endpoint: &Endpoint) -> Option<&'static str> {
         let Answered { is_subscribe, channels, answer } = answered;
-        let Err(error) = answer else { return None };
-        if is_subscribe && !error.is_unrecoverable_error() && !error.is_timeout() {
-            self.refused(channels, &error);
-            return None;
+        match answer {
+            Ok(()) => {}
+            Err(error) if is_about_slots(&error) => {}
+            Err(error) if is_subscribe && !error.is_unrecoverable_error() && !error.is_timeout() => {
+                self.refused(channels, &error);
+                return None;
+            }
+            Err(error) => {
+                warn!(server = self.server, %error, channels = channels.len(), "redis did not carry out a command");
+                return Some("a command was not carried out");
+            }
         }
-        warn!(%error, channels = channels.len(), "redis did not carry out a command");
-        Some("a command was not carried out")
+        // Every confirmation comes before the answer to the whole. Who has none is on another node by now.
+        if is_subscribe && self.context.servers.topology.is_cluster() {
+            let server = self.server;
+            for channel in channels.into_iter().filter(|channel| channel.is_subscribing_at(server)) {
+                self.broker.hub.refuse_upstream(&channel);
+                self.look_again(clock::now_us() + MOVED_RETRY_US, channel);
+                endpoint.doubt();
+            }
+        }
+        None
     }
 
     /// Delivers what has arrived, with one flush for all of it unless a subscriber is late.
@@ -241,13 +264,13 @@ impl<'a> Turn<'a> {
 
     fn take(&mut self, arrival: Arrival, fanout: &mut Fanout<Arc<Connection>>) {
         match arrival {
-            Arrival::Message { channel, payload, .. } if self.control.iter().any(|c| c.as_bytes() == channel) => {
+            Arrival::Message { channel, payload, .. } if self.context.is_control(&channel) => {
                 // A fence stands for everything before it.
                 self.broker.deliver(fanout);
                 self.control(&payload);
             }
             Arrival::Message { channel, payload, after_gap } => {
-                let Some(name) = self.settings.channel_name(&channel) else { return };
+                let Some(name) = self.context.servers.topology.channel_name(&channel) else { return };
                 if after_gap && let Some(channel) = self.broker.hub.channel(name) {
                     self.tell_gap(&channel, fanout);
                 }
@@ -259,14 +282,14 @@ impl<'a> Turn<'a> {
                 }
             }
             Arrival::Subscribed(name) => {
-                if let Some(channel) = self.channel(&name)
+                if let Some(channel) = self.own_channel(&name)
                     && self.broker.hub.confirm_subscribe(&channel, fanout)
                 {
                     self.broker.shared.metrics.gaps.inc();
                 }
             }
             Arrival::Unsubscribed(name) => {
-                if let Some(channel) = self.channel(&name) {
+                if let Some(channel) = self.own_channel(&name) {
                     self.broker.hub.confirm_unsubscribe(&channel);
                 }
             }
@@ -278,20 +301,29 @@ impl<'a> Turn<'a> {
         self.broker.shared.metrics.gaps.inc();
     }
 
+    /// The channel that this server confirms something about.
     fn channel(&self, redis_channel: &[u8]) -> Option<HubChannel> {
-        self.broker.hub.channel(self.settings.channel_name(redis_channel)?)
+        self.broker.hub.channel(self.context.servers.topology.channel_name(redis_channel)?)
+    }
+
+    /// The same, if this server has, or was asked for, its subscription: not what is late from a former owner.
+    fn own_channel(&self, redis_channel: &[u8]) -> Option<HubChannel> {
+        self.channel(redis_channel).filter(|channel| channel.upstream_server() == Some(self.server))
     }
 
     /// Sends what brings Redis' subscriptions to the hub's channels.
     fn reconcile(&mut self) {
         let now_us = clock::now_us();
-        let mut changed = self.broker.hub.take_changed();
+        let mut changed = self.broker.hub.take_changed(self.server);
         while self.later.front().is_some_and(|(at_us, _)| *at_us <= now_us) {
             changed.extend(self.later.pop_front().map(|(_, channel)| channel));
         }
         let (mut subscribe, mut unsubscribe) = (Vec::new(), Vec::new());
         for channel in changed {
-            match channel.reconcile(now_us) {
+            if self.broker.hub.pass_on(&channel, self.server) {
+                continue;
+            }
+            match channel.reconcile(self.server, now_us) {
                 Step::Rest => {}
                 Step::Subscribe => subscribe.push(channel),
                 Step::Unsubscribe => unsubscribe.push(channel),
@@ -316,21 +348,28 @@ impl<'a> Turn<'a> {
         self.later.insert(at, (at_us, channel));
     }
 
-    /// Sends one command; the confirmations arrive as pushes, in order with the messages.
+    /// Sends one batch; the confirmations arrive as pushes, in order with the messages.
     fn send(&mut self, batch: &[HubChannel], is_subscribe: bool) {
-        let prefix = &self.settings.channel_prefix;
-        let names: Vec<_> = batch.iter().map(|channel| format!("{prefix}{}", channel.name())).collect();
+        let topology = &self.context.servers.topology;
+        let names: Vec<_> = batch.iter().map(|channel| topology.redis_channel(channel.name())).collect();
+        let is_cluster = topology.is_cluster();
         let channels = batch.to_vec();
         let mut connection = self.connection.clone();
         self.commands.spawn(async move {
-            let answer =
-                if is_subscribe { connection.subscribe(&names).await } else { connection.unsubscribe(&names).await };
+            let answer = match (is_cluster, is_subscribe) {
+                (true, _) => {
+                    each(&mut connection, if is_subscribe { "SSUBSCRIBE" } else { "SUNSUBSCRIBE" }, &names).await
+                }
+                (false, true) => connection.subscribe(&names).await,
+                (false, false) => connection.unsubscribe(&names).await,
+            };
             Answered { is_subscribe, channels, answer }
         });
     }
 
     /// Redis refused a SUBSCRIBE. In a batch one name may spoil it for the rest: each is tried alone.
-    fn refused(&mut self, channels: Vec<HubChannel>, error: &redis::RedisError) {
+    fn refused(&mut self, mut channels: Vec<HubChannel>, error: &redis::RedisError) {
+        channels.retain(|channel| channel.is_subscribing_at(self.server));
         if let [channel] = channels.as_slice() {
             warn!(%error, channel = channel.name(), "redis refuses the channel, its subscribers wait");
             self.broker.hub.refuse_upstream(channel);
@@ -342,28 +381,11 @@ impl<'a> Turn<'a> {
         }
     }
 
-    /// Sends a probe when one is due. False: too many are missing.
-    fn send_due_probe(&mut self) -> bool {
-        if Instant::now() < self.probe.next {
-            return true;
-        }
-        if self.probe.is_outstanding {
-            self.probe.missed += 1;
-            if self.probe.missed >= PROBES_MISSED_MAX {
-                return false;
-            }
-        }
-        self.probe.is_outstanding = true;
-        self.probe.next = Instant::now() + self.settings.probe_interval;
-        self.send_control(&clock::now_us().to_string());
-        true
-    }
-
     /// Publishes to our own control channel.
     fn send_control(&mut self, payload: &str) {
         let mut connection = self.connection.clone();
         let mut publish = redis::cmd("PUBLISH");
-        publish.arg(&self.control[1]).arg(payload);
+        publish.arg(&self.context.control[1]).arg(payload);
         self.commands.spawn(async move {
             let answer = publish.query_async::<i64>(&mut connection).await.map(drop);
             Answered { is_subscribe: false, channels: Vec::new(), answer }
@@ -372,19 +394,17 @@ impl<'a> Turn<'a> {
 
     /// An envelope arrived, or a probe or a fence came back.
     fn control(&mut self, payload: &[u8]) {
-        if payload.starts_with(b"{") {
-            return self.broker.cluster.arrived(payload, &self.broker.shared.instance_id);
-        }
-        let Ok(text) = str::from_utf8(payload) else { return };
-        match text.strip_prefix(FENCE).map(str::parse) {
-            Some(Ok(number)) => self.broker.fence.came_back(number),
-            Some(Err(_)) => {}
-            None => {
-                self.probe.is_outstanding = false;
-                self.probe.missed = 0;
-                let sent_us = text.parse().unwrap_or(0);
+        match control::read(payload) {
+            Some(Control::Envelope) => self.broker.cluster.arrived(payload, &self.broker.shared.instance_id),
+            // In a cluster, those of all nodes come back on each.
+            Some(Control::Fence { server, number }) if server == self.server => {
+                self.context.servers.fence(server).came_back(number);
+            }
+            Some(Control::Probe { server, sent_us }) if server == self.server => {
+                self.probe.came_back();
                 self.broker.shared.metrics.probe_lag_us.set(clock::now_us().saturating_sub(sent_us) as i64);
             }
+            _ => {}
         }
     }
 
@@ -393,13 +413,26 @@ impl<'a> Turn<'a> {
             .later
             .front()
             .map(|(at_us, _)| Instant::now() + Duration::from_micros(at_us.saturating_sub(clock::now_us())));
-        later.map_or(self.probe.next, |later| later.min(self.probe.next))
+        later.map_or(self.probe.next(), |later| later.min(self.probe.next()))
     }
 
     /// Delivers what had arrived before the loss, then marks every channel so that the next turn wants it back.
     async fn lose(&mut self) {
         self.commands.abort_all();
         self.take_arrivals().await;
-        self.broker.hub.lose_upstream();
+        self.broker.hub.lose_upstream(self.server);
     }
+}
+
+/// One command each, in one write: in a cluster, channels of one node may be in different slots. Fails with the
+/// first refusal that is not about slots.
+async fn each(connection: &mut MultiplexedConnection, command: &str, names: &[String]) -> redis::RedisResult<()> {
+    let mut pipeline = redis::pipe();
+    pipeline.ignore_errors();
+    for name in names {
+        pipeline.cmd(command).arg(name);
+    }
+    let answers: Vec<redis::RedisResult<redis::Value>> = pipeline.query_async(connection).await?;
+    let refusal = answers.into_iter().filter_map(Result::err).find(|error| !is_about_slots(error));
+    refusal.map_or(Ok(()), Err)
 }

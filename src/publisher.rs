@@ -1,4 +1,4 @@
-//! The publishing connection to Redis: one ordered queue, pipelined in batches.
+//! The publishing connection to a Redis server: one ordered queue, pipelined in batches.
 //!
 //! Jobs leave in the order in which they came, all that wait in one pipeline, one pipeline at a
 //! time: publishes of one client to one channel keep their order also across a reconnect. While
@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Client, PushInfo, PushKind};
+use redis::{AsyncConnectionConfig, PushInfo, PushKind, RedisError, RedisResult};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tracing::{info, warn};
 
@@ -20,7 +20,9 @@ use crate::connection::Connection;
 use crate::event;
 use crate::metrics::Link;
 use crate::protocol::Refusal;
-use crate::redis_link::{self, Backoff};
+use crate::redis_link::{self, Backoff, Endpoint, is_about_slots};
+use crate::servers::Servers;
+use crate::topology::Topology;
 
 /// Jobs that wait for their turn; when it is full, sockets are read no further and HTTP requests wait.
 const QUEUE_JOBS_MAX: usize = 4096;
@@ -67,6 +69,11 @@ impl Job {
         Self { channel: channel.into(), payload: payload.into(), reply, accepted_us: clock::now_us() }
     }
 
+    /// The channel's name.
+    pub fn channel(&self) -> &str {
+        &self.channel
+    }
+
     /// What it takes of the byte budget; one payload always fits.
     fn permits(&self) -> u32 {
         self.payload.len().min(QUEUE_BYTES_MAX) as u32
@@ -110,39 +117,52 @@ impl Publisher {
     }
 }
 
-/// Publishes until the runtime ends.
-pub async fn run(client: Client, mut jobs: Jobs, broker: Arc<Broker>, channel_prefix: Box<str>, timeout: Duration) {
+/// Publishes to one server until the runtime ends.
+pub async fn run(
+    mut endpoint: Endpoint,
+    mut jobs: Jobs,
+    broker: Arc<Broker>,
+    servers: Arc<Servers>,
+    server: usize,
+    timeout: Duration,
+) {
     let metrics = &broker.shared.metrics;
     let mut backoff = Backoff::default();
     let mut was_up = false;
     loop {
         let lost = Arc::new(Notify::new());
-        let attempt = connect(&client, timeout, Arc::clone(&lost));
+        let attempt = connect(&mut endpoint, timeout, Arc::clone(&lost));
         let connection = match answer_while(attempt, &mut jobs, &broker).await {
             Ok(connection) => connection,
             Err(error) => {
                 if std::mem::take(&mut was_up) || backoff.is_first() {
-                    warn!(%error, "cannot publish to redis, retrying");
+                    warn!(server, %error, "cannot publish to redis, retrying");
                 }
                 answer_while(tokio::time::sleep(backoff.pause()), &mut jobs, &broker).await;
                 continue;
             }
         };
-        info!("publishing to redis");
+        info!(server, "publishing to redis");
         backoff = Backoff::default();
         if was_up {
             metrics.reconnected(Link::Publish);
         }
         was_up = true;
-        broker.note_link(Link::Publish, true);
-        publish_until_lost(connection, &lost, &mut jobs, &broker, &channel_prefix, timeout).await;
-        broker.note_link(Link::Publish, false);
-        warn!("lost the publishing connection to redis");
+        broker.note_link(server, Link::Publish, true);
+        let mut turn = Turn { connection, broker: &broker, topology: &servers.topology, timeout };
+        turn.publish_until_lost(&mut endpoint, &lost, &mut jobs).await;
+        broker.note_link(server, Link::Publish, false);
+        warn!(server, "lost the publishing connection to redis");
+        endpoint.doubt();
         answer_while(tokio::time::sleep(backoff.pause()), &mut jobs, &broker).await;
     }
 }
 
-async fn connect(client: &Client, timeout: Duration, lost: Arc<Notify>) -> redis::RedisResult<MultiplexedConnection> {
+async fn connect(
+    endpoint: &mut Endpoint,
+    timeout: Duration,
+    lost: Arc<Notify>,
+) -> redis::RedisResult<MultiplexedConnection> {
     let config = AsyncConnectionConfig::new()
         .set_connection_timeout(Some(redis_link::CONNECT_TIMEOUT))
         .set_response_timeout(Some(timeout))
@@ -152,7 +172,7 @@ async fn connect(client: &Client, timeout: Duration, lost: Arc<Notify>) -> redis
             }
             Ok::<(), ()>(())
         });
-    redis_link::connect(client, &config).await
+    endpoint.connect(&config).await
 }
 
 /// Answers jobs `unavailable` until `task` is done.
@@ -167,44 +187,63 @@ async fn answer_while<T>(task: impl Future<Output = T>, jobs: &mut Jobs, broker:
     }
 }
 
-async fn publish_until_lost(
-    mut connection: MultiplexedConnection,
-    lost: &Notify,
-    jobs: &mut Jobs,
-    broker: &Broker,
-    channel_prefix: &str,
+/// One connection's time.
+struct Turn<'a> {
+    connection: MultiplexedConnection,
+    broker: &'a Broker,
+    topology: &'a Topology,
     timeout: Duration,
-) {
-    let mut batch = Vec::new();
-    loop {
-        tokio::select! {
-            biased;
-            () = lost.notified() => return,
-            _ = jobs.recv_many(&mut batch, PIPELINE_JOBS_MAX) => {}
-        }
-        refuse_expired(&mut batch, broker, timeout);
-        if batch.is_empty() {
-            continue;
-        }
-        let mut pipeline = redis::pipe();
-        pipeline.ignore_errors();
-        for (job, _) in &batch {
-            pipeline.cmd("PUBLISH").arg(format!("{channel_prefix}{}", job.channel)).arg(&*job.payload);
-        }
-        let outcome: redis::RedisResult<Vec<redis::RedisResult<i64>>> = pipeline.query_async(&mut connection).await;
-        let replies = batch.drain(..).map(|(job, _)| job.reply);
-        match outcome {
-            Ok(results) => {
-                let refusal = |error: redis::RedisError| Refusal::redis_error(&error.to_string());
-                answer(replies.zip(results).map(|(reply, r)| (reply, r.map(drop).map_err(refusal))), broker);
+}
+
+impl Turn<'_> {
+    async fn publish_until_lost(&mut self, endpoint: &mut Endpoint, lost: &Notify, jobs: &mut Jobs) {
+        let mut batch = Vec::new();
+        loop {
+            tokio::select! {
+                biased;
+                () = lost.notified() => return,
+                () = endpoint.moved() => return,
+                _ = jobs.recv_many(&mut batch, PIPELINE_JOBS_MAX) => {}
             }
-            Err(error) => {
-                warn!(%error, "redis did not answer a publish");
-                answer(replies.map(|reply| (reply, Err(Refusal::outcome_unknown()))), broker);
+            refuse_expired(&mut batch, self.broker, self.timeout);
+            if !batch.is_empty() && !self.publish(&mut batch, endpoint).await {
                 return;
             }
         }
     }
+
+    /// Publishes a batch in one pipeline; false if the connection is of no more use.
+    async fn publish(&mut self, batch: &mut Vec<(Job, OwnedSemaphorePermit)>, endpoint: &Endpoint) -> bool {
+        let command = if self.topology.is_cluster() { "SPUBLISH" } else { "PUBLISH" };
+        let mut pipeline = redis::pipe();
+        pipeline.ignore_errors();
+        for (job, _) in &*batch {
+            pipeline.cmd(command).arg(self.topology.redis_channel(&job.channel)).arg(&*job.payload);
+        }
+        let outcome: RedisResult<Vec<RedisResult<i64>>> = pipeline.query_async(&mut self.connection).await;
+        let replies = batch.drain(..).map(|(job, _)| job.reply);
+        match outcome {
+            Ok(results) => {
+                let is_elsewhere = |result: &RedisResult<i64>| result.as_ref().is_err_and(is_about_slots);
+                if results.iter().any(is_elsewhere) {
+                    endpoint.doubt();
+                }
+                let results = results.into_iter().map(|result| result.map(drop).map_err(|error| refusal(&error)));
+                answer(replies.zip(results), self.broker);
+                true
+            }
+            Err(error) => {
+                warn!(%error, "redis did not answer a publish");
+                answer(replies.map(|reply| (reply, Err(Refusal::outcome_unknown()))), self.broker);
+                false
+            }
+        }
+    }
+}
+
+/// Why Redis did not take one message of a pipeline: certainly nothing was sent.
+fn refusal(error: &RedisError) -> Refusal {
+    if is_about_slots(error) { Refusal::unavailable() } else { Refusal::redis_error(&error.to_string()) }
 }
 
 /// Answers a job that was not queued.

@@ -1,10 +1,15 @@
-//! What the two Redis connections have in common: how to connect, and how long to wait before the next try.
+//! What all connections to Redis have in common: where they connect to, how, and how long they wait before the
+//! next try.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
-use redis::{AsyncConnectionConfig, Client, IntoConnectionInfo, ProtocolVersion, RedisResult};
+use redis::{
+    AsyncConnectionConfig, Client, ConnectionAddr, ConnectionInfo, ErrorKind, ProtocolVersion, RedisError, RedisResult,
+};
+use tokio::sync::{Notify, watch};
 
 /// Longest time for connect and HELLO.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -17,27 +22,142 @@ const BACKOFF_FIRST: Duration = Duration::from_millis(20);
 /// A half-open link is given up by the kernel after this.
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Opens a client that speaks RESP3, which pushes need.
-///
-/// # Errors
-/// What is wrong with the URL.
-pub fn client(url: &str) -> RedisResult<Client> {
-    let info = url.into_connection_info()?;
-    let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
-    let tcp = TcpSettings::default().set_nodelay(true).set_user_timeout(TCP_USER_TIMEOUT);
-    Client::open(info.set_redis_settings(redis).set_tcp_settings(tcp))
+/// How a server is reached, but for its address.
+#[derive(Clone, Debug)]
+pub struct Access {
+    info: ConnectionInfo,
 }
 
-/// Connects, HELLO included, within [`CONNECT_TIMEOUT`].
-///
-/// # Errors
-/// Whatever kept it from connecting.
-pub async fn connect(client: &Client, config: &AsyncConnectionConfig) -> RedisResult<MultiplexedConnection> {
-    let attempt = client.get_multiplexed_async_connection_with_config(config);
-    match tokio::time::timeout(CONNECT_TIMEOUT, attempt).await {
-        Ok(result) => result,
-        Err(_) => Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()),
+impl Access {
+    /// What a URL says: user, password, database, and whether TLS is spoken.
+    pub fn new(info: ConnectionInfo) -> Self {
+        // RESP3, which pushes need.
+        let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
+        let tcp = TcpSettings::default().set_nodelay(true).set_user_timeout(TCP_USER_TIMEOUT);
+        Self { info: info.set_redis_settings(redis).set_tcp_settings(tcp) }
     }
+
+    /// The same way to another address.
+    #[must_use]
+    pub fn at(&self, host: &str, port: u16) -> Self {
+        let addr = match self.info.addr().clone() {
+            ConnectionAddr::TcpTls { insecure, tls_params, .. } => {
+                ConnectionAddr::TcpTls { host: host.to_owned(), port, insecure, tls_params }
+            }
+            _ => ConnectionAddr::Tcp(host.to_owned(), port),
+        };
+        Self { info: self.info.clone().set_addr(addr) }
+    }
+
+    /// The same without user and password.
+    #[must_use]
+    pub fn without_credentials(&self) -> Self {
+        let redis = redis::RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP3);
+        Self { info: self.info.clone().set_redis_settings(redis) }
+    }
+
+    /// `host:port`.
+    pub fn address(&self) -> String {
+        self.info.addr().to_string()
+    }
+
+    /// The host.
+    pub fn host(&self) -> &str {
+        match self.info.addr() {
+            ConnectionAddr::Tcp(host, _) | ConnectionAddr::TcpTls { host, .. } => host,
+            _ => "",
+        }
+    }
+
+    /// Connects, HELLO included, within [`CONNECT_TIMEOUT`].
+    ///
+    /// # Errors
+    /// Whatever kept it from connecting.
+    pub async fn connect(&self, config: &AsyncConnectionConfig) -> RedisResult<MultiplexedConnection> {
+        let client = Client::open(self.info.clone())?;
+        let attempt = client.get_multiplexed_async_connection_with_config(config);
+        match tokio::time::timeout(CONNECT_TIMEOUT, attempt).await {
+            Ok(result) => result,
+            Err(_) => Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()),
+        }
+    }
+}
+
+/// A server to connect to.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// How.
+    pub access: Access,
+    /// It was named as the primary, and is of no use if it is not (any more).
+    pub must_be_primary: bool,
+}
+
+/// Where a link connects to. After a failover that is another server; for a time it may be none.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    node: watch::Receiver<Option<Node>>,
+    doubt: Arc<Notify>,
+    client_name: Arc<str>,
+}
+
+impl Endpoint {
+    /// A server that is always the same.
+    pub fn fixed(access: Access, client_name: &Arc<str>) -> Self {
+        let (_, node) = watch::channel(Some(Node { access, must_be_primary: false }));
+        Self { node, doubt: Arc::default(), client_name: Arc::clone(client_name) }
+    }
+
+    /// A server that somebody else looks for; whoever has trouble with it notifies `doubt`.
+    pub fn found(node: watch::Receiver<Option<Node>>, doubt: &Arc<Notify>, client_name: &Arc<str>) -> Self {
+        Self { node, doubt: Arc::clone(doubt), client_name: Arc::clone(client_name) }
+    }
+
+    /// Waits until there is a server, and connects to it.
+    ///
+    /// # Errors
+    /// Whatever kept it from connecting, or that the server is not the primary.
+    pub async fn connect(&mut self, config: &AsyncConnectionConfig) -> RedisResult<MultiplexedConnection> {
+        // Without a sender the node stays what it is.
+        let Some(node) = self.node.wait_for(Option::is_some).await.ok().and_then(|node| node.clone()) else {
+            return std::future::pending().await;
+        };
+        let connection = self.try_connect(&node, config).await;
+        if connection.is_err() {
+            self.doubt();
+        }
+        connection
+    }
+
+    async fn try_connect(&self, node: &Node, config: &AsyncConnectionConfig) -> RedisResult<MultiplexedConnection> {
+        let mut connection = node.access.connect(config).await?;
+        // For CLIENT LIST, where it is allowed.
+        let mut name = redis::cmd("CLIENT");
+        let _ = name.arg("SETNAME").arg(&*self.client_name).exec_async(&mut connection).await;
+        if node.must_be_primary {
+            let role: Vec<redis::Value> = redis::cmd("ROLE").query_async(&mut connection).await?;
+            if role.first() != Some(&redis::Value::BulkString(b"master".to_vec())) {
+                return Err((ErrorKind::Client, "the server is not the primary").into());
+            }
+        }
+        Ok(connection)
+    }
+
+    /// Waits until the server that the last connect was to is not the right one any more.
+    pub async fn moved(&mut self) {
+        if self.node.changed().await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    /// Something suggests that the server is not the right one: whoever looks for it looks again.
+    pub fn doubt(&self) {
+        self.doubt.notify_one();
+    }
+}
+
+/// Whether a cluster says that a key or channel is at another node, or at none at this moment.
+pub fn is_about_slots(error: &RedisError) -> bool {
+    matches!(error.code(), Some("MOVED" | "ASK" | "TRYAGAIN" | "CLUSTERDOWN"))
 }
 
 /// Exponential pauses with full jitter, so that many instances do not come back at the same moment.

@@ -15,16 +15,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Client, Pipeline, RedisResult};
+use redis::{Pipeline, RedisResult};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, timeout};
 use tracing::{info, warn};
 
+use crate::commands::{Commands, Place};
 use crate::connection::Shared;
 use crate::metrics::Link;
-use crate::redis_link::{self, Backoff};
+use crate::redis_link::Backoff;
 
 /// Version of the JSON values, so that instances of different builds read each other's.
 const RECORD_VERSION: u32 = 1;
@@ -39,7 +39,7 @@ const BATCH_TIME: Duration = Duration::from_millis(20);
 const CHANGES_MAX: usize = 1 << 20;
 
 /// An answer that takes longer means that the link is dead.
-const RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
+pub const RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long leaving may hold up the end of the process.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -101,7 +101,7 @@ pub struct Registry {
     settings: Settings,
     changes: Mutex<Changes>,
     has_changed: Notify,
-    link: Mutex<Option<MultiplexedConnection>>,
+    link: Mutex<Option<Commands>>,
     leave: Notify,
     has_left: Notify,
 }
@@ -204,22 +204,21 @@ impl Settings {
 }
 
 /// Keeps the registry until the runtime ends.
-pub async fn run<R: Roll>(client: Client, registry: Arc<Registry>, roll: Arc<R>) {
-    let config = AsyncConnectionConfig::new()
-        .set_connection_timeout(Some(redis_link::CONNECT_TIMEOUT))
-        .set_response_timeout(Some(RESPONSE_TIMEOUT));
+pub async fn run<R: Roll>(mut place: Place, registry: Arc<Registry>, roll: Arc<R>) {
     let mut backoff = Backoff::default();
     let mut was_up = false;
     loop {
-        match redis_link::connect(&client, &config).await {
+        match place.connect(RESPONSE_TIMEOUT).await {
             Ok(link) => {
                 *registry.link.lock() = Some(link.clone());
                 roll.note_link(true, was_up);
                 was_up = true;
                 backoff = Backoff::default();
-                let error =
-                    Writer { link, settings: &registry.settings, registry: &registry, roll: &*roll }.serve().await;
-                warn!(%error, "lost the registry's connection to redis");
+                let mut writer = Writer { link, settings: &registry.settings, registry: &registry, roll: &*roll };
+                tokio::select! {
+                    error = writer.serve() => warn!(%error, "lost the registry's connection to redis"),
+                    () = place.moved() => info!("the registry moves to another redis server"),
+                }
                 *registry.link.lock() = None;
                 roll.note_link(false, was_up);
             }
@@ -232,7 +231,7 @@ pub async fn run<R: Roll>(client: Client, registry: Arc<Registry>, roll: Arc<R>)
 
 /// One connection's time.
 struct Writer<'a, R> {
-    link: MultiplexedConnection,
+    link: Commands,
     settings: &'a Settings,
     registry: &'a Registry,
     roll: &'a R,
@@ -240,7 +239,7 @@ struct Writer<'a, R> {
 
 impl<R: Roll> Writer<'_, R> {
     /// Serves until the link is lost; returns why.
-    async fn serve(mut self) -> redis::RedisError {
+    async fn serve(&mut self) -> redis::RedisError {
         match self.try_serve().await {
             Err(error) => error,
             // It has left: nothing more is written.
@@ -286,15 +285,12 @@ impl<R: Roll> Writer<'_, R> {
     async fn renew_lease(&mut self) -> RedisResult<bool> {
         let id = self.roll.instance_id();
         let record = versioned(self.roll.instance());
+        // The lease first: whoever is listed without one is taken for dead.
+        let mut set = redis::cmd("SET");
+        set.arg(self.settings.instance(id)).arg(record).arg("PX").arg(millis(self.settings.lease));
+        set.exec_async(&mut self.link).await?;
         let (is_new,): (bool,) = redis::pipe()
-            .atomic()
             .sadd(self.settings.instances(), id)
-            .cmd("SET")
-            .arg(self.settings.instance(id))
-            .arg(record)
-            .arg("PX")
-            .arg(millis(self.settings.lease))
-            .ignore()
             .cmd("PEXPIRE")
             .arg(self.settings.connections(id))
             .arg(millis(self.settings.connection_ttl()))
@@ -461,7 +457,7 @@ impl Roll for Shared {
     }
 
     fn note_link(&self, is_up: bool, was_up: bool) {
-        self.metrics.link_up(Link::Registry, is_up);
+        self.metrics.links_up(Link::Registry, usize::from(is_up));
         if is_up && was_up {
             self.metrics.reconnected(Link::Registry);
         }

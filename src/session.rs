@@ -199,9 +199,9 @@ impl Session {
             let room = async {
                 tokio::task::yield_now().await;
                 broker.shared.lanes.room(late).await;
-                if let Some(publisher) = &broker.publisher {
+                if let Some(servers) = &broker.servers {
                     for job in unqueued {
-                        if let Err(job) = publisher.send(job).await {
+                        if let Err(job) = servers.publisher(job.channel()).send(job).await {
                             publisher::refuse(job, &broker);
                         }
                     }
@@ -416,7 +416,7 @@ impl Session {
             return Err(Refusal::new(ErrorCode::Forbidden, "clients may not publish to this channel"));
         }
         broker.check_size(data.as_bytes())?;
-        let Some(publisher) = &broker.publisher else {
+        let Some(servers) = &broker.servers else {
             broker.gather(channel, Payload::Json(data), Source::Socket, fanout);
             fanout.answers.extend(id.map(event::published));
             return Ok(());
@@ -426,7 +426,7 @@ impl Session {
         let job = Job::new(channel, data.as_bytes(), reply);
         // Once one publish waits, the next ones wait behind it.
         if self.unqueued.is_empty() {
-            self.unqueued.extend(publisher.try_send(job).err());
+            self.unqueued.extend(servers.publisher(channel).try_send(job).err());
         } else {
             self.unqueued.push(job);
         }

@@ -22,7 +22,10 @@ fn bad_values_stop_the_start_with_one_line_that_says_what_is_allowed() {
         ("HUBCAST_CONNECTIONS_MAX", "-1", "a number from 1"),
         ("HUBCAST_WORKER_THREADS", "0", "a number from 1 to 1024"),
         ("HUBCAST_REDIS_URL", "localhost:6379", "redis://"),
-        ("HUBCAST_REDIS_URL", "rediss://localhost", "redis://"),
+        ("HUBCAST_REDIS_URL", "redis://localhost,http://localhost", "redis://"),
+        ("HUBCAST_REDIS_MODE", "ring", "cluster"),
+        ("HUBCAST_REDIS_PARTITIONS", "0", "1 to 16384"),
+        ("HUBCAST_REDIS_CHANNEL_PREFIX", "{a}:", "hash slot"),
         ("HUBCAST_LOG_FORMAT", "xml", "text or json"),
         ("HUBCAST_LOG", "a=b=c", "a level"),
         ("HUBCAST_INSECURE_INTERNAL", "yes", "true or false"),
@@ -53,7 +56,7 @@ fn unknown_names_are_refused_with_the_nearest_known_one() {
         assert_eq!(load(&[(name, "x")]).unwrap_err(), format!("{name}: unknown, did you mean {nearest}?"));
     }
     // What is not built yet must not be silently ignored either.
-    for name in ["HUBCAST_AUTH", "HUBCAST_JWT_SECRET", "HUBCAST_TLS_CERT", "HUBCAST_ORIGINS", "HUBCAST_REDIS_MODE"] {
+    for name in ["HUBCAST_AUTH", "HUBCAST_JWT_SECRET", "HUBCAST_TLS_CERT", "HUBCAST_ORIGINS"] {
         assert!(load(&[(name, "x")]).unwrap_err().starts_with(&format!("{name}: unknown")), "{name}");
     }
 }

@@ -11,6 +11,7 @@ use hubcast::members::Members;
 use hubcast::outbox::{Limits, Push};
 use hubcast::publication::{Format, Payload};
 use hubcast::rules::ChannelRules;
+use hubcast::topology::Topology;
 use hubcast::upstream::Step;
 use parking_lot::Mutex;
 use proptest::prelude::*;
@@ -107,7 +108,11 @@ fn name(channel: usize) -> String {
 
 fn check(with_redis: bool, ops: &[Op]) {
     let rules = ChannelRules::default();
-    let hub = if with_redis { Hub::with_upstream(rules, LIMITS) } else { Hub::local(rules, LIMITS) };
+    let hub = if with_redis {
+        Hub::with_upstream(rules, LIMITS, Arc::new(Topology::servers_of(1, "")))
+    } else {
+        Hub::local(rules, LIMITS)
+    };
     let new_client = || {
         let recorder = Recorder::default();
         (recorder.clone(), Subscriptions::new(Arc::clone(&hub), recorder))
@@ -158,9 +163,9 @@ fn check(with_redis: bool, ops: &[Op]) {
             }
             Op::Reconcile if with_redis => {
                 // Far in the future: nothing lingers.
-                for channel in hub.take_changed() {
+                for channel in hub.take_changed(0) {
                     let at: usize = channel.name()[1..].parse().unwrap();
-                    match channel.reconcile(u64::MAX) {
+                    match channel.reconcile(0, u64::MAX) {
                         Step::Subscribe => model.outstanding.push((at, true)),
                         Step::Unsubscribe => model.outstanding.push((at, false)),
                         Step::Forget => hub.forget(&channel),
@@ -184,7 +189,7 @@ fn check(with_redis: bool, ops: &[Op]) {
                 }
             }
             Op::LoseLink if with_redis => {
-                hub.lose_upstream();
+                hub.lose_upstream(0);
                 model.outstanding.clear();
                 model.at_redis.clear();
                 let joined = model.joined.iter().filter(|(_, who)| !who.is_empty());
@@ -212,12 +217,12 @@ fn settle(hub: &Arc<Hub<Recorder>>, outstanding: &[(usize, bool)]) {
         }
     }
     loop {
-        let changed = hub.take_changed();
+        let changed = hub.take_changed(0);
         if changed.is_empty() {
             return;
         }
         for channel in changed {
-            match channel.reconcile(u64::MAX) {
+            match channel.reconcile(0, u64::MAX) {
                 Step::Unsubscribe => hub.confirm_unsubscribe(&channel),
                 Step::Forget => hub.forget(&channel),
                 step => assert_eq!(step, Step::Rest, "nobody is there"),
