@@ -78,8 +78,10 @@ async fn run(config: Config) -> anyhow::Result<()> {
 
 fn start_log(config: &Config) {
     let is_terminal = std::io::stderr().is_terminal();
+    // The cluster client warns of a node that is down once a second; that is said once already.
+    let filter = format!("redis=error,{}", config.log);
     let builder =
-        tracing_subscriber::fmt().with_env_filter(&config.log).with_writer(std::io::stderr).with_ansi(is_terminal);
+        tracing_subscriber::fmt().with_env_filter(&filter).with_writer(std::io::stderr).with_ansi(is_terminal);
     if config.log_json { builder.json().init() } else { builder.init() }
 }
 

@@ -24,6 +24,7 @@ mod outbox_model;
 mod protocol;
 mod redis;
 mod registry;
+mod servers;
 mod slow;
 mod tidy;
 mod websocket;
