@@ -1,5 +1,6 @@
 //! A little world: gateways on free ports, clients nobody here wrote, raw sockets, a real Redis.
 
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -338,9 +339,41 @@ impl Drop for Process {
     }
 }
 
+/// Below the kernel's own range, or the next connection of anybody might leave from this port.
+const PORTS: std::ops::Range<u16> = 10_000..32_000;
+
+/// A free TCP port of the loopback interface, ours for as long as this lives.
+///
+/// The claim is the UDP port of the same number. Redis does not need it, and the kernel gives it to one
+/// process only, so that tests of several processes do not choose the same port.
+pub struct Port {
+    number: u16,
+    _claim: UdpSocket,
+}
+
+impl Port {
+    pub fn claim() -> Self {
+        let claimed = (0..1000).find_map(|_| {
+            let number = rand::random_range(PORTS);
+            let claim = UdpSocket::bind((Ipv4Addr::LOCALHOST, number)).ok()?;
+            // Bound and let go at once: it is free.
+            TcpListener::bind((Ipv4Addr::LOCALHOST, number)).ok()?;
+            Some(Self { number, _claim: claim })
+        });
+        claimed.expect("a free port")
+    }
+
+    pub fn addr(&self) -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, self.number).into()
+    }
+}
+
 /// A real `redis-server` on a free port.
 pub struct Redis {
-    port: u16,
+    port: Port,
+    /// What its own commands log in with, as in a URL: nothing or `user:password@`.
+    credentials: String,
+    arguments: Vec<String>,
     process: Option<Process>,
 }
 
@@ -354,20 +387,38 @@ impl Redis {
 
     /// A port without a server, for now.
     pub fn reserve() -> Self {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let port = listener.local_addr().expect("a bound port").port();
-        Self { port, process: None }
+        Self::reserve_with("", &[])
+    }
+
+    /// As [`Redis::reserve`], for a server with more arguments.
+    pub fn reserve_with(credentials: &str, arguments: &[&str]) -> Self {
+        let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        Self { port: Port::claim(), credentials: credentials.to_owned(), arguments, process: None }
+    }
+
+    pub fn addr(&self) -> SocketAddr {
+        self.port.addr()
     }
 
     pub fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}/", self.port)
+        format!("redis://{}{}/", self.credentials, self.addr())
     }
 
     /// Starts the server on the same port, empty.
     pub async fn restart(&mut self) {
         let child = Command::new("redis-server")
-            .args(["--port", &self.port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+            .args([
+                "--port",
+                &self.addr().port().to_string(),
+                "--bind",
+                "127.0.0.1",
+                "--save",
+                "",
+                "--appendonly",
+                "no",
+            ])
             .args(["--dir", &std::env::temp_dir().to_string_lossy()])
+            .args(&self.arguments)
             .stdout(Stdio::null())
             .spawn()
             .expect("redis-server is installed (.ci/run installs it)");
@@ -394,11 +445,14 @@ impl Redis {
     }
 
     async fn try_command(&self, arguments: &[&str]) -> Option<redis::Value> {
-        let client = redis::Client::open(self.url()).ok()?;
-        let mut connection = client.get_multiplexed_async_connection().await.ok()?;
-        let mut command = redis::cmd(arguments[0]);
-        command.arg(&arguments[1..]);
-        command.query_async(&mut connection).await.ok()
+        self.query(arguments).await.ok()
+    }
+
+    /// Runs one command, and gives what it comes to.
+    pub async fn query<T: redis::FromRedisValue>(&self, arguments: &[&str]) -> redis::RedisResult<T> {
+        let client = redis::Client::open(self.url())?;
+        let mut connection = client.get_multiplexed_async_connection().await?;
+        redis::cmd(arguments[0]).arg(&arguments[1..]).query_async(&mut connection).await
     }
 
     /// How many clients of Redis are subscribed to a channel.

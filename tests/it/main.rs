@@ -9,6 +9,11 @@
 
 mod binary;
 mod harness;
+mod proxy;
+mod redis_cluster;
+mod redis_node;
+mod sentinels;
+mod tls_redis;
 
 mod api;
 mod broadcast;
@@ -17,6 +22,7 @@ mod cluster;
 mod coalesce;
 mod config;
 mod drain;
+mod failover;
 mod hub_model;
 mod limits;
 mod metrics;
@@ -25,6 +31,7 @@ mod protocol;
 mod redis;
 mod registry;
 mod servers;
+mod shards;
 mod slow;
 mod tidy;
 mod websocket;
