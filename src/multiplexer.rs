@@ -387,7 +387,8 @@ impl<'a> Turn<'a> {
         let mut publish = redis::cmd("PUBLISH");
         publish.arg(&self.context.control[1]).arg(payload);
         self.commands.spawn(async move {
-            let answer = publish.query_async::<i64>(&mut connection).await.map(drop);
+            // An unsolicited `sunsubscribe` may be taken for the answer, so what it says does not count.
+            let answer = publish.query_async::<redis::Value>(&mut connection).await.map(drop);
             Answered { is_subscribe: false, channels: Vec::new(), answer }
         });
     }
