@@ -3,6 +3,7 @@
 //! - `POST /api/publish` `{"channel"|"channels","data"}` or `{"messages":[{"channel","data"}]}`
 //! - `POST /api/publish/{channel}` with the payload as the body
 //! - `GET /api/channels?prefix=&limit=&page=`, `GET /api/channels/{channel}`
+//! - `GET /api/presence/{channel}?limit=&page=`
 //! - `GET /api/instances`
 //! - `GET /api/connections?user=&channel=&instance=&limit=&page=`
 //! - `POST /api/disconnect` `{"connection_id"|"user"|"channel","code"?,"reason"?}`
@@ -24,6 +25,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use subtle::ConstantTimeEq;
+use tokio::sync::oneshot;
 
 use crate::admin::{self, Ask, Target};
 use crate::answer::{Answer, ApiError, bad_json, error_json, error_response, json_response, status_of, text};
@@ -31,6 +33,7 @@ use crate::broker::Broker;
 use crate::channel::Channel;
 use crate::cluster::Answers;
 use crate::connection::Connection;
+use crate::presence_reader::{self, Asker, Question};
 use crate::protocol::{self, ErrorCode, Refusal};
 use crate::publication::Payload;
 use crate::registry::Roll;
@@ -89,6 +92,7 @@ impl Api {
             (_, Some(route)) => match route.split_once('/') {
                 Some(("publish", channel)) => self.publish_body(channel, request).await,
                 Some(("channels", channel)) => self.channel(channel),
+                Some(("presence", channel)) => self.presence(channel, &Query::of(&request)).await,
                 _ => Err(ApiError::not_found()),
             },
             (_, None) => Err(ApiError::not_found()),
@@ -196,6 +200,23 @@ impl Api {
     fn channel(&self, name: &str) -> Answer {
         let channel = self.broker.hub.channel(&decode(name)?).ok_or_else(ApiError::not_found)?;
         Ok(json_response(StatusCode::OK, &channel_json(&channel)))
+    }
+
+    /// Who is in a channel, over all instances; 404 where its rule has no presence.
+    async fn presence(&self, channel: &str, query: &Query) -> Answer {
+        let channel = decode(channel)?;
+        protocol::check_channel_name(&channel)?;
+        if !self.broker.hub.has_presence(&channel) {
+            return Err(ErrorCode::NotFound.with("the rule of this channel has no presence"));
+        }
+        let limit = protocol::presence_limit(query.get("limit").unwrap_or_default())?;
+        let (sender, answer) = oneshot::channel();
+        let question = Question::new(&channel, limit, query.get("page"), Asker::Http(sender))?;
+        self.broker.shared.presence.ask(question).map_err(|_| presence_reader::unavailable())?;
+        let members = answer.await.unwrap_or_else(|_| Err(presence_reader::unavailable()))?;
+        let mut response = text(StatusCode::OK, format!("{{{members}}}\n"));
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        Ok(response)
     }
 
     /// A page holds the names after the one that the page token names.

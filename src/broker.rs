@@ -7,10 +7,12 @@ use tokio::sync::oneshot;
 use crate::channel::Fanout;
 use crate::cluster::Cluster;
 use crate::connection::{Connection, Shared};
+use crate::event;
 use crate::health::Health;
 use crate::hub::Hub;
-use crate::metrics::{Link, Source};
-use crate::protocol::Refusal;
+use crate::metrics::{Drop as DropReason, Link, Source};
+use crate::presence_store::{self, Event};
+use crate::protocol::{ErrorCode, Refusal};
 use crate::publication::Payload;
 use crate::publisher::{Job, Reply};
 use crate::servers::Servers;
@@ -50,11 +52,30 @@ impl Broker {
         }
     }
 
-    /// Checks a payload's size.
+    /// Tells a channel who came or went, if `payload` is that. False: it is a publication.
+    pub fn tell_presence(&self, channel: &str, payload: &[u8], fanout: &mut Fanout<Arc<Connection>>) -> bool {
+        if !payload.starts_with(presence_store::MAGIC) || !self.hub.has_presence(channel) {
+            return false;
+        }
+        match (Event::parse(payload), self.hub.channel(channel)) {
+            (None, _) => self.shared.metrics.dropped(DropReason::PresenceUnreadable, 1),
+            (Some(event), Some(channel)) => {
+                channel.tell(&event::presence_event(channel.name(), &event), fanout);
+                self.shared.metrics.presence_events.inc();
+            }
+            (Some(_), None) => {}
+        }
+        true
+    }
+
+    /// Checks a payload's size, and that it is not what only Hubcast itself says.
     ///
     /// # Errors
-    /// `too_large`.
-    pub fn check_size(&self, payload: &[u8]) -> Result<(), Refusal> {
+    /// `too_large` or `bad_request`.
+    pub fn check_payload(&self, payload: &[u8]) -> Result<(), Refusal> {
+        if payload.starts_with(presence_store::MAGIC) {
+            return Err(Refusal::new(ErrorCode::BadRequest, "a payload cannot start like an event of presence"));
+        }
         if payload.len() > self.publish_bytes_max {
             return Err(Refusal::payload_too_large(self.publish_bytes_max));
         }
@@ -65,9 +86,9 @@ impl Broker {
     /// Waits for subscribers that are late, and for room in the queue to Redis.
     ///
     /// # Errors
-    /// `too_large`, or `unavailable` if there was no room in time.
+    /// `too_large`, `bad_request`, or `unavailable` if there was no room in time.
     pub async fn start_publish(&self, channel: &str, payload: Payload<'_>) -> Result<Publishing, Refusal> {
-        self.check_size(payload.bytes())?;
+        self.check_payload(payload.bytes())?;
         let Some(servers) = &self.servers else {
             let mut fanout = Fanout::default();
             self.gather(channel, payload, Source::Http, &mut fanout);

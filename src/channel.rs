@@ -33,6 +33,12 @@ pub trait Subscriber: Clone {
 
     /// Whether publishers that found its outbox late may go on.
     fn has_room(&self) -> bool;
+
+    /// It is in a channel that has presence, and knows. No I/O, no wait: called under the channel's lock.
+    fn entered(&self, _channel: &Arc<str>) {}
+
+    /// It has left such a channel.
+    fn left(&self, _channel: &Arc<str>) {}
 }
 
 /// What a run of pushes set in motion, to be acted on once all locks are released.
@@ -130,6 +136,7 @@ impl<S: Subscriber> Fanout<S> {
 pub struct Channel<S> {
     name: Arc<str>,
     gathering: Gathering,
+    has_presence: bool,
     state: Mutex<State<S>>,
     /// The channel waits in the hub's list of changed ones.
     pub(crate) is_listed: AtomicBool,
@@ -187,7 +194,7 @@ pub(crate) enum Join {
 }
 
 impl<S: Subscriber> Channel<S> {
-    pub(crate) fn new(name: &str, upstream: Upstream, gathering: Gathering) -> Self {
+    pub(crate) fn new(name: &str, upstream: Upstream, gathering: Gathering, has_presence: bool) -> Self {
         let state = State {
             members: Members::default(),
             gathered: Bundle::default(),
@@ -201,6 +208,7 @@ impl<S: Subscriber> Channel<S> {
         Self {
             name: name.into(),
             gathering,
+            has_presence,
             state: Mutex::new(state),
             is_listed: AtomicBool::new(false),
             server: AtomicUsize::new(NOWHERE),
@@ -215,6 +223,11 @@ impl<S: Subscriber> Channel<S> {
     /// The name as the hub's map keys it.
     pub(crate) fn shared_name(&self) -> Arc<str> {
         Arc::clone(&self.name)
+    }
+
+    /// Whether it is known who is here.
+    pub fn has_presence(&self) -> bool {
+        self.has_presence
     }
 
     /// Subscribers that are joined, and those that wait for the channel to become live.
@@ -271,6 +284,9 @@ impl<S: Subscriber> Channel<S> {
             reply.inspect(|reply| {
                 fanout.push(subscriber, reply);
             });
+            if self.has_presence {
+                subscriber.entered(&self.name);
+            }
             return Join::Done(Ticket::Joined(state.members.insert(subscriber.clone())), false);
         }
         let seat = Arc::new(AtomicU64::new(WAITING));
@@ -307,7 +323,10 @@ impl<S: Subscriber> Channel<S> {
             state.deliver(&self.name, fanout);
         }
         match ticket.place() {
-            Place::Joined(position) => drop(state.members.remove(position)),
+            Place::Joined(position) => {
+                let member = state.members.remove(position);
+                member.iter().filter(|_| self.has_presence).for_each(|member| member.left(&self.name));
+            }
             Place::Waiting(position) => drop(state.pending.remove(position)),
         }
         state.late.retain(|subscriber| !subscriber.has_room());
@@ -368,6 +387,9 @@ impl<S: Subscriber> Channel<S> {
             for reply in &pending.replies {
                 fanout.push(&pending.subscriber, reply);
             }
+            if self.has_presence {
+                pending.subscriber.entered(&self.name);
+            }
             let position = state.members.insert(pending.subscriber);
             pending.seat.store(position.to_u64(), Ordering::Relaxed);
         }
@@ -397,6 +419,13 @@ impl<S: Subscriber> Channel<S> {
         let mut state = self.state.lock();
         state.deliver(&self.name, fanout);
         state.tell_gap(&self.name, fanout);
+    }
+
+    /// Tells the members who came or went, in the channel's order.
+    pub fn tell(&self, frame: &Arc<Frame>, fanout: &mut Fanout<S>) {
+        let mut state = self.state.lock();
+        state.deliver(&self.name, fanout);
+        state.tell(frame, fanout);
     }
 }
 
@@ -428,9 +457,12 @@ impl<S: Subscriber> State<S> {
 
     /// Raw subscribers get payloads and nothing else: for them a gap is only counted.
     fn tell_gap(&self, name: &str, fanout: &mut Fanout<S>) {
-        let frame = event::upstream_gap(name);
+        self.tell(&event::upstream_gap(name), fanout);
+    }
+
+    fn tell(&self, frame: &Arc<Frame>, fanout: &mut Fanout<S>) {
         for member in self.members.iter().filter(|member| member.format() == Format::Json) {
-            fanout.push(member, &frame);
+            fanout.push(member, frame);
         }
     }
 }

@@ -108,7 +108,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "HUBCAST_CHANNEL_RULES",
         "",
-        "JSON list of rules, first match wins: {\"match\":\"chat:*\",\"client_publish\":true,\"slow\":\"close\",\"coalesce\":\"5ms\"}. Without any, clients may publish everywhere.",
+        "JSON list of rules, first match wins: {\"match\":\"chat:*\",\"client_publish\":true,\"presence\":true,\"slow\":\"close\",\"coalesce\":\"5ms\"}. Without any, clients may publish everywhere.",
     ),
     variable(
         "HUBCAST_COALESCE",
@@ -151,6 +151,8 @@ pub struct Config {
     pub redis_key_prefix: String,
     /// How long the registry keeps an instance that does not renew its lease; not a variable, for tests.
     pub registry_lease: Duration,
+    /// Who comes back to a channel within this time was never away; not a variable, for tests.
+    pub presence_debounce: Duration,
     /// How often a probe goes through Redis; not a variable, for tests.
     pub redis_probe_interval: Duration,
     /// `HUBCAST_WORKER_THREADS`
@@ -246,6 +248,7 @@ impl Config {
             redis_channel_prefix: values.get("HUBCAST_REDIS_CHANNEL_PREFIX", PREFIX_ALLOWED, redis_prefix)?,
             redis_key_prefix: values.get("HUBCAST_REDIS_KEY_PREFIX", PREFIX_ALLOWED, redis_prefix)?,
             registry_lease: Duration::from_secs(30),
+            presence_debounce: Duration::from_secs(5),
             redis_probe_interval: Duration::from_secs(5),
             worker_threads: values.get("HUBCAST_WORKER_THREADS", "a number from 1 to 1024", |text| match text {
                 "" => Some(std::thread::available_parallelism().map_or(1, usize::from)),

@@ -19,6 +19,8 @@ use crate::frame::{Frame, Opcode};
 use crate::lanes::Lanes;
 use crate::metrics::{Drop as DropReason, Metrics};
 use crate::outbox::{self, Flushed, Outbox, Phase, Push};
+use crate::presence::Presence;
+use crate::presence_store::Member;
 use crate::publication::Format;
 use crate::registry::Registry;
 use crate::writer::{Transport, Writer};
@@ -40,6 +42,8 @@ pub struct Shared {
     pub started_at_ms: u64,
     /// Where connections are known to other instances; with Redis only.
     pub registry: Option<Arc<Registry>>,
+    /// Who is in channels that have presence.
+    pub presence: Presence,
 }
 
 impl Shared {
@@ -366,6 +370,14 @@ impl Subscriber for Arc<Connection> {
 
     fn has_room(&self) -> bool {
         self.outbox.has_room(&self.shared.outbox)
+    }
+
+    fn entered(&self, channel: &Arc<str>) {
+        self.shared.presence.enter(channel, Member::new(self.user(), &self.id()));
+    }
+
+    fn left(&self, channel: &Arc<str>) {
+        self.shared.presence.leave(channel, Member::new(self.user(), &self.id()));
     }
 }
 

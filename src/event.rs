@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use crate::frame::Frame;
+use crate::presence_store::{self, Event};
 use crate::protocol::{CHANNEL_BYTES_MAX, Refusal};
 
 /// What a client is told about its connection, first of all.
@@ -65,6 +66,29 @@ pub fn pong(id: Option<&str>) -> Arc<Frame> {
 /// `{"type":"gap","channel":…,"reason":"upstream"}`: messages of the channel may be missing before this frame.
 pub fn upstream_gap(channel: &str) -> Arc<Frame> {
     Frame::text(&format!(r#"{{"type":"gap","channel":"{channel}","reason":"upstream"}}"#))
+}
+
+/// `{"type":"join",…}` or `{"type":"leave",…}` with a `user`, or the `connection_id` of one without.
+pub fn presence_event(channel: &str, event: &Event) -> Arc<Frame> {
+    let (kind, identity) = match event {
+        Event::Join(identity) => ("join", identity),
+        Event::Leave(identity) => ("leave", identity),
+    };
+    let (member, who) = match presence_store::user_of(identity) {
+        Some(user) => ("user", user),
+        None => ("connection_id", presence_store::connection_of(identity)),
+    };
+    Frame::text(&format!(r#"{{"type":"{kind}","channel":"{channel}","{member}":{}}}"#, quoted(who)))
+}
+
+/// `{"type":"presence",…}`; `members` are those of the object, as JSON.
+pub fn presence(id: Option<&str>, members: &str) -> Arc<Frame> {
+    let mut json = String::from(r#"{"type":"presence""#);
+    push_id(&mut json, id);
+    json.push(',');
+    json.push_str(members);
+    json.push('}');
+    Frame::text(&json)
 }
 
 /// `{"type":"draining",…}`: a planned close follows.

@@ -30,8 +30,14 @@ use crate::hub::Hub;
 use crate::lanes::Lanes;
 use crate::listen::{self, Public};
 use crate::metrics::Metrics;
+use crate::presence::{self, Presence, Store};
+use crate::presence_reader::{self, Questions};
+use crate::presence_redis::{self, RedisStore};
+use crate::presence_store::Memory;
+use crate::presence_writer;
 use crate::redis_tasks::Redis;
 use crate::registry::{self, Registry};
+use crate::servers::Servers;
 use crate::session::{End, SessionContext};
 
 /// Connections that the kernel keeps for us while we are busy.
@@ -39,6 +45,9 @@ const BACKLOG: u32 = 4096;
 
 /// How long peers may take to read what they have and to answer the last closes of a drain.
 const DRAIN_GRACE: Duration = Duration::from_secs(16);
+
+/// How long the last leaves of presence may hold up the end of the process.
+const PRESENCE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A running gateway.
 #[derive(Debug)]
@@ -83,6 +92,7 @@ impl Gateway {
         let (addr, internal_addr) = (listener.local_addr()?, internal.local_addr()?);
         let redis = Redis::new(&config, &instance_id)?;
         let (cluster, questions) = Cluster::new(&config.redis_channel_prefix);
+        let (presence, questions_of_presence) = presence(&config, redis.as_ref().map(Redis::servers));
         let broker = Arc::new(Broker {
             hub: match &redis {
                 Some(redis) => Hub::with_upstream(config.channel_rules.clone(), config.outbox, redis.topology()),
@@ -101,6 +111,7 @@ impl Gateway {
                         lease: config.registry_lease,
                     }))
                 }),
+                presence,
             }),
             health: Arc::new(Health::new(redis.is_some())),
             cluster,
@@ -109,6 +120,10 @@ impl Gateway {
         });
         let ended = Arc::new(Ended::default());
         let mut tasks = background(&config, &broker);
+        if config.channel_rules.any_presence() {
+            tasks.push(tokio::spawn(presence_writer::run(Arc::clone(&broker))));
+            tasks.push(tokio::spawn(presence_reader::run(Arc::clone(&broker), questions_of_presence)));
+        }
         if let Some(redis) = redis {
             tasks.extend(redis.start(&config, &broker)?);
             tasks.push(tokio::spawn(cluster::run(Arc::clone(&broker), questions)));
@@ -163,6 +178,8 @@ impl Gateway {
         self.close_spread().await;
         let _ = tokio::time::timeout(DRAIN_GRACE, self.ended.all()).await;
         if let Some(registry) = &self.broker.shared.registry {
+            // Those who were closed have some time to come back elsewhere; whoever sweeps up announces the others.
+            let _ = tokio::time::timeout(PRESENCE_TIMEOUT, self.broker.shared.presence.written()).await;
             registry.leave().await;
         }
         let left = self.ended.open.load(Ordering::Acquire);
@@ -260,6 +277,23 @@ impl Drop for EndedGuard {
         self.ended.open.fetch_sub(1, Ordering::AcqRel);
         self.ended.changed.notify_waiters();
     }
+}
+
+/// Who is where: on the channels' servers with Redis, else here.
+fn presence(config: &Config, servers: Option<Arc<Servers>>) -> (Presence, Questions) {
+    let store = match servers {
+        None => Store::Memory(Memory::default()),
+        Some(servers) => {
+            let settings = presence_redis::Settings {
+                key_prefix: config.redis_key_prefix.as_str().into(),
+                // As a connection's entry, and a leave is settled before that.
+                ttl: config.registry_lease * 4 + config.presence_debounce,
+            };
+            Store::Redis(RedisStore::new(settings, servers))
+        }
+    };
+    let settings = presence::Settings { debounce: config.presence_debounce, lease: config.registry_lease };
+    Presence::new(settings, store)
 }
 
 /// The tasks that every gateway has: one per lane, and the sweep.

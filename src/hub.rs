@@ -91,6 +91,11 @@ impl<S: Subscriber> Hub<S> {
         self.channels().iter().for_each(|channel| channel.deliver(fanout));
     }
 
+    /// Whether the rule of a channel has presence, be anybody in it or not.
+    pub fn has_presence(&self, name: &str) -> bool {
+        self.rules.presence(name)
+    }
+
     /// The channel of that name, if anybody is in it.
     pub fn channel(&self, name: &str) -> Option<Arc<Channel<S>>> {
         self.channels.get(name).map(|channel| Arc::clone(&channel))
@@ -237,7 +242,8 @@ impl<S: Subscriber> Hub<S> {
 
     fn create(&self, name: &str) -> Arc<Channel<S>> {
         let upstream = if self.upstream.is_some() { Upstream::Absent } else { Upstream::Live };
-        let channel = Arc::new(Channel::new(name, upstream, Gathering::new(self.rules.coalesce(name), &self.outbox)));
+        let gathering = Gathering::new(self.rules.coalesce(name), &self.outbox);
+        let channel = Arc::new(Channel::new(name, upstream, gathering, self.rules.presence(name)));
         let key = channel.shared_name();
         Arc::clone(&self.channels.entry(key).or_insert(channel))
     }

@@ -15,10 +15,20 @@
 //! `api` (HTTP, answers in `answer`) → `admin` (what this instance does) and `cluster` (envelopes through Redis to
 //! those that `registry` knows) → their `admin`.
 //!
+//! # One join, from a subscription to the others in the channel
+//! `channel` (the subscriber is in) → `presence` (noted) → `presence_writer` (what is the case, in batches) →
+//! `presence_store` in memory, or `presence_redis` (scripts, which publish) → `multiplexer` → `channel`, in its order.
+//! Whoever asks who is here is answered by `presence_reader`.
+//!
+//! # Where a channel is at Redis
+//! `topology` says which server and by which name; `servers` has the way to each. `redis_tasks` starts a `multiplexer` and a
+//! `publisher` for each; where the servers change, `redis_sentinel` or `redis_cluster` looks for them and `redis_link` follows.
+//!
 //! # Invariants
 //! 1. Hub, channel, outbox, protocol, event and websocket do no I/O; hub and protocol never await.
 //! 2. After the upgrade a socket is written only by whoever holds its outbox's write right; only
-//!    `multiplexer`, `publisher`, `registry`, `redis_link` and `inbox` know Redis; only `config` reads the environment.
+//!    `multiplexer`, `publisher`, `inbox`, `registry`, `commands`, `presence_redis` (through it `presence_writer`) and the
+//!    `redis_*` modules know Redis; only `config` reads the environment.
 //! 3. Every queue has a bound and a named policy when full.
 //! 4. A publication is encoded once per wire format, however many subscribers it has.
 //! 5. One order per channel: a publication's walk, joins and leaves run whole under the channel's lock.
@@ -74,6 +84,12 @@ pub mod registry;
 pub mod servers;
 pub mod topology;
 pub mod upstream;
+
+pub mod presence;
+pub mod presence_reader;
+pub mod presence_redis;
+pub mod presence_store;
+pub mod presence_writer;
 
 pub mod clock;
 pub mod metrics;

@@ -37,6 +37,8 @@ pub enum Drop {
     RedisQueueFull,
     /// A Redis message above `HUBCAST_PUBLISH_BYTES_MAX`; the channel is told a gap.
     RedisTooLarge,
+    /// A Redis message that begins like a presence event, and is none.
+    PresenceUnreadable,
 }
 
 /// Why a connection was refused before the upgrade.
@@ -93,7 +95,7 @@ pub struct Metrics {
     pub bytes_sent: Count,
     /// Bytes read from WebSocket connections.
     pub bytes_received: Count,
-    dropped: Labelled<4>,
+    dropped: Labelled<5>,
     /// Frames that wait in outboxes.
     pub outbox_frames: Gauge,
     /// Bytes that wait in outboxes; a frame counts in each.
@@ -110,6 +112,8 @@ pub struct Metrics {
     pub resubscribes: Count,
     /// Channels whose subscribers were told a gap.
     pub gaps: Count,
+    /// Joins and leaves that channels were told.
+    pub presence_events: Count,
     /// Microseconds the last probe took through Redis and back.
     pub probe_lag_us: Gauge,
 }
@@ -152,13 +156,7 @@ impl Default for Metrics {
             writes: register(r, "writes", "System calls that wrote them"),
             bytes_sent: register(r, "bytes_sent", "Bytes written to WebSocket connections"),
             bytes_received: register(r, "bytes_received", "Bytes read from WebSocket connections"),
-            dropped: labelled(
-                r,
-                "dropped",
-                "Frames and messages dropped, by reason",
-                "reason",
-                ["slow_consumer", "connection_lost", "redis_queue_full", "redis_too_large"],
-            ),
+            dropped: dropped(r),
             outbox_frames: register(r, "outbox_frames", "Frames that wait in outboxes"),
             outbox_bytes: register(r, "outbox_bytes", "Bytes that wait in outboxes"),
             fanout: register(
@@ -182,6 +180,11 @@ impl Default for Metrics {
             ),
             resubscribes: register(r, "redis_resubscribes", "Channels subscribed again after a reconnect"),
             gaps: register(r, "gaps", "Channels whose subscribers were told a gap"),
+            presence_events: register(
+                r,
+                "presence_events",
+                "Joins and leaves that channels of this instance were told",
+            ),
             probe_lag_us: register(r, "redis_probe_lag_microseconds", "How long the last probe took through Redis"),
             registry,
         }
@@ -262,6 +265,11 @@ fn labelled<const N: usize>(
     let family = Family::<Labels, Count>::default();
     registry.register(name, help, family.clone());
     values.map(|value| family.get_or_create_owned(&[(label, value)]))
+}
+
+fn dropped(registry: &mut Registry) -> Labelled<5> {
+    let reasons = ["slow_consumer", "connection_lost", "redis_queue_full", "redis_too_large", "presence_unreadable"];
+    labelled(registry, "dropped", "Frames and messages dropped, by reason", "reason", reasons)
 }
 
 fn links(registry: &mut Registry) -> [Gauge; 3] {

@@ -274,6 +274,9 @@ impl<'a> Turn<'a> {
                 if after_gap && let Some(channel) = self.broker.hub.channel(name) {
                     self.tell_gap(&channel, fanout);
                 }
+                if self.broker.tell_presence(name, &payload, fanout) {
+                    return;
+                }
                 if payload.len() <= self.broker.publish_bytes_max {
                     self.broker.gather(name, Payload::Unchecked(&payload), Source::Redis, fanout);
                 } else if let Some(channel) = self.broker.hub.channel(name) {

@@ -24,6 +24,10 @@ const MESSAGE_BYTES_MAX: usize = 200;
 /// Longest channel name, in bytes.
 pub const CHANNEL_BYTES_MAX: usize = 255;
 
+/// Members of an answer of presence, and the most that can be asked for.
+const PRESENCE_LIMIT_DEFAULT: usize = 100;
+const PRESENCE_LIMIT_MAX: usize = 1000;
+
 /// Error codes of the protocol and the HTTP API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorCode {
@@ -134,6 +138,15 @@ pub enum Command<'a> {
         /// The payload's JSON text, byte for byte.
         data: &'a str,
     },
+    /// Who is in a channel?
+    Presence {
+        /// The channel's name, valid.
+        channel: Cow<'a, str>,
+        /// Most members of the answer.
+        limit: usize,
+        /// Where to go on: the `page` of an answer.
+        page: Option<Cow<'a, str>>,
+    },
     /// Answered by `pong`.
     Ping,
 }
@@ -187,6 +200,10 @@ struct Members<'a> {
     channels: Option<&'a RawValue>,
     #[serde(borrow, default, deserialize_with = "present")]
     data: Option<&'a RawValue>,
+    #[serde(borrow)]
+    limit: Option<&'a RawValue>,
+    #[serde(borrow)]
+    page: Option<&'a RawValue>,
 }
 
 /// Keeps a JSON `null` apart from an absent member.
@@ -221,8 +238,30 @@ fn command<'a>(members: &Members<'a>) -> Result<Command<'a>, Refusal> {
             let channel = raw_target(channel).map_err(|(_, refusal)| refusal)?;
             Ok(Command::Publish { channel, data: data.get() })
         }
+        "presence" => {
+            let channel = members.channel.ok_or_else(|| Refusal::bad_request("channel is missing"))?;
+            let channel = raw_target(channel).map_err(|(_, refusal)| refusal)?;
+            let limit = members.limit.map_or("", RawValue::get);
+            let page = match members.page {
+                None => None,
+                Some(page) => Some(string(page).ok_or_else(|| Refusal::bad_request("page is a string"))?),
+            };
+            Ok(Command::Presence { channel, limit: presence_limit(limit)?, page })
+        }
         "ping" => Ok(Command::Ping),
         _ => Err(Refusal::new(ErrorCode::UnknownType, "this type is not known")),
+    }
+}
+
+/// How many members an answer of presence has: 0 for the counts alone; 100 where nothing is said.
+///
+/// # Errors
+/// `bad_request`
+pub fn presence_limit(text: &str) -> Result<usize, Refusal> {
+    match text.parse() {
+        _ if text.is_empty() => Ok(PRESENCE_LIMIT_DEFAULT),
+        Ok(limit @ 0..=PRESENCE_LIMIT_MAX) => Ok(limit),
+        _ => Err(Refusal::bad_request(format!("limit is 0 to {PRESENCE_LIMIT_MAX}"))),
     }
 }
 

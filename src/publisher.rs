@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, PushInfo, PushKind, RedisError, RedisResult};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
@@ -34,12 +35,13 @@ const QUEUE_BYTES_MAX: usize = 64 << 20;
 const PIPELINE_JOBS_MAX: usize = 512;
 
 /// The sending side of the queue.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Publisher {
     jobs: mpsc::Sender<(Job, OwnedSemaphorePermit)>,
     bytes: Arc<Semaphore>,
     /// How long a job may wait for room, and then for its turn.
     timeout: Duration,
+    link: Mutex<Option<MultiplexedConnection>>,
 }
 
 /// One message to publish.
@@ -84,7 +86,8 @@ impl Publisher {
     /// The queue's two ends; a job that was not sent to Redis within `timeout` is refused.
     pub fn new(timeout: Duration) -> (Self, Jobs) {
         let (jobs, receiver) = mpsc::channel(QUEUE_JOBS_MAX);
-        (Self { jobs, bytes: Arc::new(Semaphore::new(QUEUE_BYTES_MAX)), timeout }, receiver)
+        let bytes = Arc::new(Semaphore::new(QUEUE_BYTES_MAX));
+        (Self { jobs, bytes, timeout, link: Mutex::default() }, receiver)
     }
 
     /// Queues a job, waiting for room within the timeout.
@@ -114,6 +117,15 @@ impl Publisher {
             Ok(permit) => self.jobs.try_send((job, permit)).map_err(|error| error.into_inner().0),
             Err(_) => Err(job),
         }
+    }
+
+    /// The connection while there is one, for other commands.
+    pub fn link(&self) -> Option<MultiplexedConnection> {
+        self.link.lock().clone()
+    }
+
+    pub(crate) fn lend(&self, link: Option<MultiplexedConnection>) {
+        *self.link.lock() = link;
     }
 }
 
@@ -149,8 +161,10 @@ pub async fn run(
         }
         was_up = true;
         broker.note_link(server, Link::Publish, true);
+        servers.lend(server, Some(connection.clone()));
         let mut turn = Turn { connection, broker: &broker, topology: &servers.topology, timeout };
         turn.publish_until_lost(&mut endpoint, &lost, &mut jobs).await;
+        servers.lend(server, None);
         broker.note_link(server, Link::Publish, false);
         warn!(server, "lost the publishing connection to redis");
         endpoint.doubt();
@@ -214,11 +228,13 @@ impl Turn<'_> {
 
     /// Publishes a batch in one pipeline; false if the connection is of no more use.
     async fn publish(&mut self, batch: &mut Vec<(Job, OwnedSemaphorePermit)>, endpoint: &Endpoint) -> bool {
-        let command = if self.topology.is_cluster() { "SPUBLISH" } else { "PUBLISH" };
         let mut pipeline = redis::pipe();
         pipeline.ignore_errors();
         for (job, _) in &*batch {
-            pipeline.cmd(command).arg(self.topology.redis_channel(&job.channel)).arg(&*job.payload);
+            pipeline
+                .cmd(self.topology.publish_command())
+                .arg(self.topology.redis_channel(&job.channel))
+                .arg(&*job.payload);
         }
         let outcome: RedisResult<Vec<RedisResult<i64>>> = pipeline.query_async(&mut self.connection).await;
         let replies = batch.drain(..).map(|(job, _)| job.reply);

@@ -91,6 +91,14 @@ pub trait Roll: Send + Sync + 'static {
     /// Hears whether the link to Redis is up, and whether it was before.
     fn note_link(&self, is_up: bool, was_up: bool);
 
+    /// Hears that Redis may have lost what this instance wrote.
+    fn note_loss(&self) {}
+
+    /// Removes what else an instance has left, unless its key is back. False: a part has to stay for the next sweep.
+    fn sweep_up(&self, _link: &mut Commands, _id: &str, _key: &str) -> impl Future<Output = bool> + Send {
+        std::future::ready(true)
+    }
+
     /// The numbers of open connections that `is_wanted`.
     fn connections(&self, is_wanted: impl Fn(u64) -> bool) -> Vec<u64>;
 }
@@ -165,6 +173,11 @@ impl Registry {
     pub async fn publish(&self, channel: &str, message: &str) -> Result<(), Unavailable> {
         let mut link = self.link.lock().clone().ok_or(Unavailable)?;
         Ok(redis::cmd("PUBLISH").arg(channel).arg(message).exec_async(&mut link).await?)
+    }
+
+    /// The link, while there is one.
+    pub(crate) fn link(&self) -> Option<Commands> {
+        self.link.lock().clone()
     }
 
     /// Takes the instance and what is left of its connections out of Redis, within a second.
@@ -303,6 +316,7 @@ impl<R: Roll> Writer<'_, R> {
     /// Registers every connection, and nobody else.
     async fn write_all(&mut self) -> RedisResult<()> {
         *self.registry.changes.lock() = Changes::default();
+        self.roll.note_loss();
         let index = self.settings.connections(self.roll.instance_id());
         redis::cmd("UNLINK").arg(index).exec_async(&mut self.link).await?;
         let numbers = self.roll.connections(|_| true);
@@ -406,7 +420,9 @@ impl<R: Roll> Writer<'_, R> {
             pipeline.srem(&index, numbers).ignore();
             pipeline.exec_async(&mut self.link).await?;
         }
-        redis::cmd("SREM").arg(self.settings.instances()).arg(id).exec_async(&mut self.link).await?;
+        if self.roll.sweep_up(&mut self.link, id, &self.settings.instance(id)).await {
+            redis::cmd("SREM").arg(self.settings.instances()).arg(id).exec_async(&mut self.link).await?;
+        }
         Ok(count)
     }
 
@@ -461,6 +477,14 @@ impl Roll for Shared {
         if is_up && was_up {
             self.metrics.reconnected(Link::Registry);
         }
+    }
+
+    fn note_loss(&self) {
+        self.presence.rewrite();
+    }
+
+    async fn sweep_up(&self, link: &mut Commands, id: &str, key: &str) -> bool {
+        self.presence.sweep_up(link, id, key).await
     }
 
     fn connections(&self, is_wanted: impl Fn(u64) -> bool) -> Vec<u64> {

@@ -29,6 +29,8 @@ struct ChannelRule {
     #[serde(default)]
     client_publish: bool,
     #[serde(default)]
+    presence: bool,
+    #[serde(default)]
     slow: SlowPolicy,
     #[serde(default, deserialize_with = "coalesce")]
     coalesce: Option<Duration>,
@@ -104,6 +106,16 @@ impl ChannelRules {
     /// How long publications of the channel wait for others to share a write; zero: not at all.
     pub fn coalesce(&self, channel: &str) -> Duration {
         self.rules.iter().find(|rule| rule.matches(channel)).and_then(|rule| rule.coalesce).unwrap_or(self.coalesce)
+    }
+
+    /// Whether the channel has presence: who is here is known, and joins and leaves are told.
+    pub fn presence(&self, channel: &str) -> bool {
+        self.rules.iter().find(|rule| rule.matches(channel)).is_some_and(|rule| rule.presence)
+    }
+
+    /// Whether any channel has presence.
+    pub fn any_presence(&self) -> bool {
+        self.rules.iter().any(|rule| rule.presence)
     }
 
     /// Whether clients may publish to the channel: as its rule says; without any rules, yes.

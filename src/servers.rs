@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use redis::aio::MultiplexedConnection;
+use tokio::sync::watch;
 
 use crate::fence::Fence;
 use crate::metrics::Link;
@@ -17,6 +19,16 @@ pub struct Servers {
     /// Where channels live.
     pub topology: Arc<Topology>,
     servers: Box<[Server]>,
+    commands: watch::Sender<CommandLinks>,
+}
+
+/// The links that take commands, all servers together: the publishers'.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CommandLinks {
+    /// How many there are.
+    pub up: usize,
+    /// How many were made so far: after each, a Redis may have lost something.
+    pub made: u64,
 }
 
 #[derive(Debug)]
@@ -33,12 +45,39 @@ impl Servers {
         let queues = (0..topology.servers()).map(|_| Publisher::new(publish_timeout));
         let (publishers, jobs): (Vec<_>, Vec<_>) = queues.unzip();
         let server = |publisher| Server { publisher, fence: Fence::default(), is_up: Default::default() };
-        (Self { topology, servers: publishers.into_iter().map(server).collect() }, jobs)
+        let servers = publishers.into_iter().map(server).collect();
+        (Self { topology, servers, commands: watch::Sender::default() }, jobs)
     }
 
     /// The queue to the server of a channel.
     pub fn publisher(&self, channel: &str) -> &Publisher {
         &self.servers[self.topology.server_of(channel)].publisher
+    }
+
+    /// A link for commands on what belongs to a channel, while there is one.
+    pub fn commands(&self, channel: &str) -> Option<MultiplexedConnection> {
+        self.publisher(channel).link()
+    }
+
+    /// How it is with the links that take commands.
+    pub fn command_links(&self) -> CommandLinks {
+        *self.commands.borrow()
+    }
+
+    /// Waits until [`Servers::command_links`] is not what it was.
+    pub async fn command_links_changed(&self, known: CommandLinks) {
+        // The sender is here, so it cannot be closed.
+        let _ = self.commands.subscribe().wait_for(|links| *links != known).await;
+    }
+
+    /// For a publisher: its link takes commands, or does not any more.
+    pub fn lend(&self, server: usize, link: Option<MultiplexedConnection>) {
+        let is_up = link.is_some();
+        self.servers[server].publisher.lend(link);
+        self.commands.send_modify(|links| match is_up {
+            true => *links = CommandLinks { up: links.up + 1, made: links.made + 1 },
+            false => links.up -= 1,
+        });
     }
 
     /// For a multiplexer: the fences of its server.

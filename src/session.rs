@@ -26,6 +26,7 @@ use crate::frame::{Frame, Opcode};
 use crate::handshake::Mode;
 use crate::hub::Subscriptions;
 use crate::metrics::Source;
+use crate::presence_reader::{self, Asker, Question};
 use crate::protocol::{self, Command, ErrorCode, Refusal, Request, Target};
 use crate::publication::{Format, Payload};
 use crate::publisher::{self, Job, Reply};
@@ -336,6 +337,11 @@ impl Session {
             Ok(Command::Unsubscribe(targets)) => {
                 self.each(id, targets, fanout, |session, channel, fanout| session.unsubscribe(id, channel, fanout));
             }
+            Ok(Command::Presence { channel, limit, page }) => {
+                if let Err(refusal) = self.presence(id, &channel, limit, page.as_deref()) {
+                    self.reply(&event::error(id, &refusal, Some(&channel)), fanout);
+                }
+            }
             Ok(Command::Publish { channel, data }) => {
                 if let Err(refusal) = self.publish(id, &channel, data, fanout) {
                     self.reply(&event::error(id, &refusal, Some(&channel)), fanout);
@@ -415,7 +421,7 @@ impl Session {
         if !self.context.rules.client_publish(channel) {
             return Err(Refusal::new(ErrorCode::Forbidden, "clients may not publish to this channel"));
         }
-        broker.check_size(data.as_bytes())?;
+        broker.check_payload(data.as_bytes())?;
         let Some(servers) = &broker.servers else {
             broker.gather(channel, Payload::Json(data), Source::Socket, fanout);
             fanout.answers.extend(id.map(event::published));
@@ -431,6 +437,16 @@ impl Session {
             self.unqueued.push(job);
         }
         Ok(())
+    }
+
+    /// Has the question answered by the task that reads presence.
+    fn presence(&self, id: Option<&str>, channel: &str, limit: usize, page: Option<&str>) -> Result<(), Refusal> {
+        if !self.context.rules.presence(channel) {
+            return Err(Refusal::new(ErrorCode::Forbidden, "the rule of this channel has no presence"));
+        }
+        let asker = Asker::Socket(Arc::clone(&self.connection), id.map(Into::into));
+        let question = Question::new(channel, limit, page, asker)?;
+        self.connection.shared().presence.ask(question).map_err(|_| presence_reader::unavailable())
     }
 
     /// Answers the publishes in a row that asked for it, once they are delivered.

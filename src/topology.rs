@@ -54,6 +54,11 @@ impl Topology {
         matches!(self.placement, Placement::Partitions(_))
     }
 
+    /// `PUBLISH` or `SPUBLISH`.
+    pub fn publish_command(&self) -> &'static str {
+        if self.is_cluster() { "SPUBLISH" } else { "PUBLISH" }
+    }
+
     /// The server that a channel belongs to.
     pub fn server_of(&self, channel: &str) -> usize {
         match &self.placement {

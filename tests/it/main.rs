@@ -27,6 +27,8 @@ mod hub_model;
 mod limits;
 mod metrics;
 mod outbox_model;
+mod presence;
+mod presence_model;
 mod protocol;
 mod redis;
 mod registry;

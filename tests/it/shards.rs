@@ -226,3 +226,53 @@ async fn the_registry_lives_in_a_cluster_too() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn presence_survives_the_loss_of_a_node() {
+    let mut cluster = RedisCluster::start().await;
+    let env = [
+        ("HUBCAST_REDIS_URL", cluster.urls()),
+        ("HUBCAST_REDIS_MODE", "cluster".to_owned()),
+        ("HUBCAST_CHANNEL_RULES", r#"[{"match":"c:*","presence":true}]"#.to_owned()),
+    ];
+    let env: Vec<_> = env.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let gateways =
+        [(); 2].map(|()| gateway_with(&env, |config| config.presence_debounce = std::time::Duration::from_millis(300)));
+    let mut clients = Vec::new();
+    for (gateway, user) in gateways.iter().zip(["alice", "bob"]) {
+        ready(gateway).await;
+        let mut client = Client::open(gateway, &format!("/ws?user={user}&channels=c:1,c:2,c:3"), None).await;
+        assert_eq!(client.json().await["type"], "welcome");
+        clients.push(client);
+    }
+    let await_users = async |gateway: &Gateway, users: &[&str]| {
+        for channel in ["c:1", "c:2", "c:3"] {
+            eventually("the users", async || {
+                let answer = http(gateway, &format!("GET /api/presence/{channel}"), "", b"").await;
+                let members = answer.json()["members"].as_array()?.clone();
+                let found: Vec<_> = members.iter().filter_map(|member| member["user"].as_str()).collect();
+                (answer.status == 200 && found == users).then_some(())
+            })
+            .await;
+        }
+    };
+    for gateway in &gateways {
+        await_users(gateway, &["alice", "bob"]).await;
+    }
+    let slot = cluster.slot_of(&redis_channel(1)).await;
+    let old = cluster.kill_primary_of(slot).await;
+    // He leaves while nobody can write it down.
+    clients.truncate(1);
+    cluster.await_new_primary_of(slot, old).await;
+    for gateway in &gateways {
+        await_users(gateway, &["alice"]).await;
+    }
+    let mut left = BTreeSet::new();
+    while left.len() < 3 {
+        let frame = clients[0].json().await;
+        if frame["type"] == "leave" {
+            assert_eq!(frame["user"], "bob");
+            left.insert(frame["channel"].to_string());
+        }
+    }
+}
