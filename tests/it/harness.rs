@@ -94,7 +94,16 @@ impl Client {
         path: &str,
         subprotocol: Option<&str>,
     ) -> Result<Self, tokio_tungstenite::tungstenite::Error> {
-        let mut request = format!("ws://{}{path}", gateway.addr()).into_client_request().expect("a valid address");
+        Self::try_open_at(gateway.addr(), path, subprotocol).await
+    }
+
+    /// As [`Client::try_open`], for gateways that are processes of their own.
+    pub async fn try_open_at(
+        addr: SocketAddr,
+        path: &str,
+        subprotocol: Option<&str>,
+    ) -> Result<Self, tokio_tungstenite::tungstenite::Error> {
+        let mut request = format!("ws://{addr}{path}").into_client_request().expect("a valid address");
         if let Some(name) = subprotocol {
             request.headers_mut().insert("sec-websocket-protocol", name.parse().expect("a valid header"));
         }

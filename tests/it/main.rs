@@ -21,6 +21,7 @@ mod bundle;
 mod cluster;
 mod coalesce;
 mod config;
+mod deploy;
 mod drain;
 mod failover;
 mod hub_model;
