@@ -7,8 +7,8 @@ use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use hubcast::channel::{Fanout, Subscriber};
 use hubcast::event;
+use hubcast::fanout::{Fanout, Subscriber};
 use hubcast::frame::Frame;
 use hubcast::hub::{Hub, Subscriptions};
 use hubcast::publication::Payload;

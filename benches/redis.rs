@@ -2,7 +2,7 @@
 //! `benches/README.md` has the table.
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use hubcast::channel::Fanout;
+use hubcast::fanout::Fanout;
 use hubcast::inbox::{Arrival, Inbox};
 use hubcast::publication::Payload;
 use hubcast::topology::Topology;

@@ -9,9 +9,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::broker::Broker;
-use crate::channel::Fanout;
 use crate::close::CloseReason;
 use crate::connection::Connection;
+use crate::fanout::Fanout;
 
 /// What instances are asked to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]

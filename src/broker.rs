@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
-use crate::channel::Fanout;
 use crate::cluster::Cluster;
 use crate::connection::{Connection, Shared};
 use crate::event;
+use crate::fanout::Fanout;
 use crate::health::Health;
 use crate::hub::Hub;
 use crate::metrics::{Drop as DropReason, Link, Source};

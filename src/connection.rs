@@ -12,9 +12,9 @@ use dashmap::DashMap;
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
 
-use crate::channel::{Fanout, Subscriber};
 use crate::clock;
 use crate::close::CloseReason;
+use crate::fanout::{Fanout, Subscriber};
 use crate::frame::{Frame, Opcode};
 use crate::lanes::Lanes;
 use crate::metrics::{Drop as DropReason, Metrics};

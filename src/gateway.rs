@@ -17,13 +17,13 @@ use tracing::warn;
 
 use crate::api::Api;
 use crate::broker::Broker;
-use crate::channel::{Fanout, Subscriber};
 use crate::clock::{self, micros};
 use crate::close::CloseReason;
 use crate::cluster::{self, Cluster};
 use crate::config::{Config, RESERVED_FILES};
 use crate::connection::{Connection, Liveness, Shared};
 use crate::event;
+use crate::fanout::{Fanout, Subscriber};
 use crate::frame::{Frame, Opcode};
 use crate::health::Health;
 use crate::hub::Hub;

@@ -12,7 +12,8 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::bundle::Gathering;
-use crate::channel::{Channel, Fanout, Join, Subscriber, Ticket};
+use crate::channel::{Channel, Join, Ticket};
+use crate::fanout::{Fanout, Subscriber};
 use crate::frame::Frame;
 use crate::outbox::Limits;
 use crate::publication::Payload;

@@ -20,10 +20,11 @@ use crossbeam_utils::CachePadded;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::channel::{Channel, Fanout, Subscriber};
+use crate::channel::Channel;
 use crate::clock;
 use crate::close::CloseReason;
 use crate::connection::{Connection, Shared};
+use crate::fanout::{Fanout, Subscriber};
 use crate::metrics::Metrics;
 use crate::writer::Writer;
 

@@ -59,6 +59,7 @@ pub mod health;
 pub mod publication;
 
 pub mod channel;
+pub mod fanout;
 pub mod hub;
 pub mod members;
 

@@ -16,11 +16,12 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::broker::Broker;
-use crate::channel::{Channel, Fanout};
+use crate::channel::Channel;
 use crate::clock;
 use crate::cluster::Cluster;
 use crate::connection::Connection;
 use crate::control::{self, Control, Probe, Probing};
+use crate::fanout::Fanout;
 use crate::inbox::{Arrival, Inbox};
 use crate::metrics::{Drop as DropReason, Link, Source};
 use crate::publication::Payload;

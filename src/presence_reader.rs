@@ -16,9 +16,9 @@ use tokio::task::JoinSet;
 use tracing::warn;
 
 use crate::broker::Broker;
-use crate::channel::Fanout;
 use crate::connection::Connection;
 use crate::event;
+use crate::fanout::Fanout;
 use crate::presence::Store;
 use crate::presence_store::{Member, Page};
 use crate::protocol::{ErrorCode, Refusal};

@@ -14,10 +14,10 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use tracing::{info, warn};
 
 use crate::broker::Broker;
-use crate::channel::Fanout;
 use crate::clock;
 use crate::commands::Commands;
 use crate::event;
+use crate::fanout::Fanout;
 use crate::presence::{Presence, RENEW_PARTS, Store, Work};
 use crate::presence_redis::{RedisStore, SCRIPT_ENTRIES_MAX};
 use crate::presence_store::{Change, Event, Member};

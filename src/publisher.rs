@@ -15,10 +15,10 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tracing::{info, warn};
 
 use crate::broker::Broker;
-use crate::channel::Fanout;
 use crate::clock::{self, micros};
 use crate::connection::Connection;
 use crate::event;
+use crate::fanout::Fanout;
 use crate::metrics::Link;
 use crate::protocol::Refusal;
 use crate::redis_link::{self, Backoff, Endpoint, is_about_slots};

@@ -17,11 +17,11 @@ use socket2::SockRef;
 use tokio::time::timeout;
 
 use crate::broker::Broker;
-use crate::channel::Fanout;
 use crate::clock;
 use crate::close::CloseReason;
 use crate::connection::{Connection, Open, Wake};
 use crate::event::{self, Welcome};
+use crate::fanout::Fanout;
 use crate::frame::{Frame, Opcode};
 use crate::handshake::Mode;
 use crate::hub::Subscriptions;
@@ -306,7 +306,7 @@ impl Session {
     }
 
     fn is_json(&self) -> bool {
-        use crate::channel::Subscriber;
+        use crate::fanout::Subscriber;
         self.connection.format() == Format::Json
     }
 

@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::io::{self, IoSlice};
 use std::sync::Arc;
 
-use hubcast::channel::{Fanout, Subscriber};
+use hubcast::fanout::{Fanout, Subscriber};
 use hubcast::frame::Frame;
 use hubcast::hub::{Hub, Subscriptions};
 use hubcast::outbox::{Limits, Outbox, Push};

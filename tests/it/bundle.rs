@@ -4,8 +4,8 @@ use std::io::{self, IoSlice};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use hubcast::channel::{Fanout, Subscriber};
 use hubcast::close::CloseReason;
+use hubcast::fanout::{Fanout, Subscriber};
 use hubcast::frame::Frame;
 use hubcast::hub::{Hub, Subscriptions};
 use hubcast::outbox::{Flushed, Limits, Outbox, Phase, Push};

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use hubcast::channel::{Fanout, Subscriber};
 use hubcast::event;
+use hubcast::fanout::{Fanout, Subscriber};
 use hubcast::frame::Frame;
 use hubcast::hub::{Hub, Subscriptions};
 use hubcast::members::Members;

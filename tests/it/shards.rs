@@ -58,6 +58,11 @@ async fn channels_are_spread_over_the_nodes_and_backends_publish_by_the_partitio
         }
     }
     assert_eq!(nodes.len(), 3);
+    for node in cluster.nodes() {
+        let list: String = node.redis.query(&["CLIENT", "LIST"]).await.unwrap();
+        let links = list.lines().filter(|line| line.contains("name=hubcast-")).count();
+        assert_eq!(links, if node.is_primary().await { 2 * gateways.len() } else { 0 }, "one listens, one publishes");
+    }
     // Instances find each other, and ask each other once.
     let (mut bob, body) = (Client::open(&gateways[1], "/ws?user=bob", None).await, json!({"user": "bob"}).to_string());
     assert_eq!(bob.json().await["type"], "welcome");

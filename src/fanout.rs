@@ -1,0 +1,116 @@
+//! Walking subscribers: who they are to a channel, and what pushing to them sets in motion.
+
+use std::sync::Arc;
+
+use crate::channel::Channel;
+use crate::frame::Frame;
+use crate::outbox::Push;
+use crate::publication::Format;
+
+/// Somebody a channel can deliver to.
+pub trait Subscriber: Clone {
+    /// Which encoding it takes.
+    fn format(&self) -> Format;
+
+    /// Queues a frame in its outbox. No I/O, no wait.
+    fn push(&self, frame: &Arc<Frame>) -> Push;
+
+    /// Whether publishers that found its outbox late may go on.
+    fn has_room(&self) -> bool;
+
+    /// It is in a channel that has presence, and knows. No I/O, no wait: called under the channel's lock.
+    fn entered(&self, _channel: &Arc<str>) {}
+
+    /// It has left such a channel.
+    fn left(&self, _channel: &Arc<str>) {}
+}
+
+/// What a run of pushes set in motion, to be acted on once all locks are released.
+#[derive(Debug)]
+pub struct Fanout<S> {
+    /// Channels in which publications wait: they must be delivered.
+    pub gathered: Vec<Arc<Channel<S>>>,
+    /// Subscribers whose write right we took: they must be flushed. Grouped so that channels take turns.
+    pub jobs: Vec<Vec<S>>,
+    /// Subscribers that are behind through no fault of their own: publishing goes on when they have room.
+    pub late: Vec<S>,
+    /// Slow consumers to be closed.
+    pub slow: Vec<S>,
+    /// Frames pushed since the last pause.
+    pushed: usize,
+    /// What a publisher is told once what it published is delivered.
+    pub answers: Vec<Arc<Frame>>,
+    /// Messages put into outboxes, for the metrics.
+    pub delivered: usize,
+    /// How long each walk took, for the metrics.
+    pub walks_us: Vec<u64>,
+}
+
+/// Frames that a task pushes before others have their turn: some 3 ms.
+const PUSHES_MAX: usize = 32_768;
+
+impl<S> Default for Fanout<S> {
+    fn default() -> Self {
+        Self {
+            gathered: Vec::new(),
+            jobs: Vec::new(),
+            late: Vec::new(),
+            slow: Vec::new(),
+            pushed: 0,
+            answers: Vec::new(),
+            delivered: 0,
+            walks_us: Vec::new(),
+        }
+    }
+}
+
+impl<S: Subscriber> Fanout<S> {
+    /// Up to this size, jobs of several channels are put together.
+    const SMALL_JOB: usize = 64;
+
+    /// Whether whoever pushes has to submit and pause: somebody is late, or it was much at once.
+    pub fn needs_pause(&self) -> bool {
+        !self.late.is_empty() || self.pushed >= PUSHES_MAX
+    }
+
+    /// Starts the count of [`Fanout::needs_pause`] anew.
+    pub fn paused(&mut self) {
+        self.pushed = 0;
+    }
+
+    /// Pushes a frame and keeps account of the consequences. True if it was queued.
+    pub fn push(&mut self, subscriber: &S, frame: &Arc<Frame>) -> bool {
+        self.pushed += 1;
+        match subscriber.push(frame) {
+            Push::Queued => true,
+            Push::Schedule => {
+                self.schedule(subscriber.clone());
+                true
+            }
+            Push::Late => {
+                self.late.push(subscriber.clone());
+                true
+            }
+            Push::Slow => {
+                self.slow.push(subscriber.clone());
+                false
+            }
+            Push::Closed => false,
+        }
+    }
+
+    /// Has a subscriber flushed whose write right the caller took.
+    pub fn schedule(&mut self, subscriber: S) {
+        match self.jobs.last_mut() {
+            Some(job) => job.push(subscriber),
+            None => self.jobs.push(vec![subscriber]),
+        }
+    }
+
+    /// Starts a new job unless the last one is still small.
+    pub(crate) fn next_channel(&mut self) {
+        if self.jobs.last().is_some_and(|job| job.len() >= Self::SMALL_JOB) {
+            self.jobs.push(Vec::new());
+        }
+    }
+}
