@@ -32,6 +32,8 @@ pub struct Channel<S> {
     state: Mutex<State<S>>,
     /// The channel waits in the hub's list of changed ones.
     pub(crate) is_listed: AtomicBool,
+    /// A multiplexer will look at it at some later time.
+    pub(crate) is_awaited: AtomicBool,
     /// The Redis server that has, or was asked for, its subscription; written under the lock. [`NOWHERE`]: none.
     server: AtomicUsize,
 }
@@ -103,6 +105,7 @@ impl<S: Subscriber> Channel<S> {
             has_presence,
             state: Mutex::new(state),
             is_listed: AtomicBool::new(false),
+            is_awaited: AtomicBool::new(false),
             server: AtomicUsize::new(NOWHERE),
         }
     }
@@ -255,6 +258,12 @@ impl<S: Subscriber> Channel<S> {
     /// The Redis server that has, or was asked for, the channel's subscription.
     pub(crate) fn upstream_server(&self) -> Option<usize> {
         Some(self.server.load(Ordering::Acquire)).filter(|server| *server != NOWHERE)
+    }
+
+    /// An UNSUBSCRIBE was answered without a confirmation: the channel is as live as before. True if it was so.
+    pub(crate) fn keep_at(&self, server: usize) -> bool {
+        let mut state = self.state.lock();
+        self.upstream_server() == Some(server) && state.upstream.keep()
     }
 
     /// Whether a SUBSCRIBE is sent to the server and not confirmed.

@@ -57,10 +57,18 @@ pub struct Question {
 pub struct Cluster {
     channel_prefix: Box<str>,
     next: AtomicU64,
-    waiting: Mutex<HashMap<u64, mpsc::Sender<(String, Value)>>>,
+    waiting: Mutex<HashMap<u64, Asked>>,
     /// The questions that arrived last: in a Redis Cluster each comes through every node.
     seen: Mutex<VecDeque<(String, u64)>>,
     questions: mpsc::Sender<Question>,
+}
+
+/// A question of this instance: where its answers go, and who has answered. In a Redis Cluster each answer comes
+/// through every node.
+#[derive(Debug)]
+struct Asked {
+    answers: mpsc::Sender<(String, Value)>,
+    answered: BTreeSet<String>,
 }
 
 /// A question that is being answered; whoever asked may be gone before that.
@@ -112,7 +120,7 @@ impl Cluster {
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (sender, mut answers) = mpsc::channel(missing.len());
-        self.waiting.lock().insert(id, sender);
+        self.waiting.lock().insert(id, Asked { answers: sender, answered: BTreeSet::new() });
         let _waiting = Waiting { cluster: self, id };
         let [all, one] = Self::control_channels(&self.channel_prefix, only.unwrap_or_default());
         let channel = if only.is_some() { one } else { all };
@@ -148,9 +156,11 @@ impl Cluster {
                 }
             }
             Content::Answer(answer) => {
-                if let Some(waiting) = self.waiting.lock().get(&id) {
-                    // Who answers twice, or late, is of no interest.
-                    let _ = waiting.try_send((from, answer));
+                // Who answers twice, or late, is of no interest.
+                if let Some(asked) = self.waiting.lock().get_mut(&id)
+                    && asked.answered.insert(from.clone())
+                {
+                    let _ = asked.answers.try_send((from, answer));
                 }
             }
         }

@@ -15,6 +15,10 @@ use std::time::Duration;
 use bytesize::ByteSize;
 
 use crate::outbox;
+use crate::redis_config::{
+    PREFIX_ALLOWED, REDIS_URL_ALLOWED, RedisMode, has_database, masked_url, masked_urls, redis_mode, redis_prefix,
+    redis_urls,
+};
 use crate::rules::{COALESCE_ALLOWED, ChannelRules, parse_coalesce};
 
 /// A variable, as `--help`, the README and the parser see it.
@@ -195,27 +199,6 @@ pub struct Config {
 #[derive(Debug)]
 pub struct ConfigError(String);
 
-/// What `HUBCAST_REDIS_URL` names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RedisMode {
-    /// One server, or several independent ones that share the channels.
-    Standalone,
-    /// Sentinels that know the primary.
-    Sentinel,
-    /// Some nodes of a Redis Cluster.
-    Cluster,
-}
-
-impl RedisMode {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Standalone => "standalone",
-            Self::Sentinel => "sentinel",
-            Self::Cluster => "cluster",
-        }
-    }
-}
-
 impl fmt::Display for ConfigError {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(&self.0)
@@ -278,6 +261,7 @@ impl Config {
             notes: values.notes.clone(),
         };
         config.check_internal()?;
+        config.check_redis()?;
         Ok(config)
     }
 
@@ -298,6 +282,22 @@ impl Config {
             return Err(ConfigError(format!(
                 "HUBCAST_INTERNAL_LISTEN={}: off loopback, allowed only with HUBCAST_API_KEYS or HUBCAST_INSECURE_INTERNAL=true",
                 self.internal_listen
+            )));
+        }
+        Ok(())
+    }
+
+    /// What the mode needs of the URLs.
+    fn check_redis(&self) -> Result<(), ConfigError> {
+        let (mode, urls) = (self.redis_mode, &self.redis_urls);
+        if urls.is_empty() && mode != RedisMode::Standalone {
+            let mode = mode.as_str();
+            return Err(ConfigError(format!("HUBCAST_REDIS_MODE={mode}: allowed only with HUBCAST_REDIS_URL")));
+        }
+        if mode == RedisMode::Cluster && urls.iter().any(|url| has_database(url)) {
+            let shown = masked_urls(urls);
+            return Err(ConfigError(format!(
+                "HUBCAST_REDIS_URL={shown}: a cluster has no databases, allowed is no /db"
             )));
         }
         Ok(())
@@ -381,7 +381,7 @@ impl Values {
     fn get<T>(&self, name: &str, allowed: &str, parse: impl Fn(&str) -> Option<T>) -> Result<T, ConfigError> {
         let text = self.text(name);
         parse(&text).ok_or_else(|| {
-            let shown = if name == "HUBCAST_REDIS_URL" { masked_urls(&comma_list(&text)) } else { text.clone() };
+            let shown = if name == "HUBCAST_REDIS_URL" { masked_url(&text) } else { text.clone() };
             ConfigError(format!("{name}={shown}: allowed is {allowed}"))
         })
     }
@@ -444,38 +444,6 @@ fn whole(text: &str, least: usize, most: usize) -> Option<usize> {
 
 fn comma_list(text: &str) -> Vec<String> {
     text.split(',').map(str::trim).filter(|entry| !entry.is_empty()).map(str::to_owned).collect()
-}
-
-const REDIS_URL_ALLOWED: &str = "a comma list of redis:// or rediss://[user:password@]host:port[/db]";
-
-fn redis_urls(text: &str) -> Option<Vec<String>> {
-    let is_url = |url: &String| {
-        (url.starts_with("redis://") || url.starts_with("rediss://")) && redis::parse_redis_url(url).is_some()
-    };
-    let urls = comma_list(text);
-    urls.iter().all(is_url).then_some(urls)
-}
-
-fn redis_mode(text: &str) -> Option<RedisMode> {
-    [RedisMode::Standalone, RedisMode::Sentinel, RedisMode::Cluster].into_iter().find(|mode| mode.as_str() == text)
-}
-
-const PREFIX_ALLOWED: &str = "text without { and }, which would move the hash slot";
-
-fn redis_prefix(text: &str) -> Option<String> {
-    (!text.contains(['{', '}'])).then(|| text.to_owned())
-}
-
-fn masked_urls(urls: &[String]) -> String {
-    urls.iter().map(|url| masked_url(url)).collect::<Vec<_>>().join(",")
-}
-
-/// Everything between the scheme and the `@` may be secret.
-fn masked_url(url: &str) -> String {
-    match (url.split_once("://"), url.rsplit_once('@')) {
-        (Some((scheme, _)), Some((_, host))) => format!("{scheme}://***@{host}"),
-        _ => url.to_owned(),
-    }
 }
 
 fn log_filter(text: &str) -> Option<String> {

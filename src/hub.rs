@@ -227,7 +227,7 @@ impl<S: Subscriber> Hub<S> {
         let Some(upstream) = &self.upstream else { return Vec::new() };
         let listed = std::mem::take(&mut *upstream.changes[server].list.lock());
         for channel in &listed {
-            channel.is_listed.store(false, Ordering::Release);
+            channel.is_listed.swap(false, Ordering::AcqRel);
         }
         listed
     }

@@ -78,6 +78,7 @@ pub mod inbox;
 pub mod multiplexer;
 pub mod publisher;
 pub mod redis_cluster;
+pub mod redis_config;
 pub mod redis_link;
 pub mod redis_sentinel;
 pub mod redis_tasks;

@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use redis::AsyncConnectionConfig;
@@ -31,6 +32,9 @@ use crate::upstream::Step;
 
 /// Channel names of one SUBSCRIBE or UNSUBSCRIBE.
 const BATCH_NAMES: usize = 512;
+
+/// Commands that may be outstanding.
+const COMMANDS_MAX: usize = 64;
 
 /// A command that is not answered for this long means that the link is dead.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -159,6 +163,8 @@ struct Turn<'a> {
     is_reconnect: bool,
     /// SUBSCRIBEs and UNSUBSCRIBEs whose answer is awaited.
     commands: JoinSet<Answered>,
+    /// Batches that wait until fewer commands are outstanding, and whether they are to be subscribed.
+    waiting: VecDeque<(Vec<HubChannel>, bool)>,
     /// Channels to look at again, and when (µs), earliest first: they linger, or were refused.
     later: VecDeque<(u64, HubChannel)>,
     probe: Probe,
@@ -175,8 +181,8 @@ impl<'a> Turn<'a> {
     fn new(connection: MultiplexedConnection, inbox: Arc<Inbox>, context: &'a Context, is_reconnect: bool) -> Self {
         let (broker, server) = (&context.broker, context.settings.server);
         let probe = Probe::new(server, context.settings.probe_interval);
-        let (commands, later) = (JoinSet::new(), VecDeque::new());
-        Self { connection, inbox, context, broker, server, is_reconnect, commands, later, probe }
+        let (commands, waiting, later) = (JoinSet::new(), VecDeque::new(), VecDeque::new());
+        Self { connection, inbox, context, broker, server, is_reconnect, commands, waiting, later, probe }
     }
 
     /// Serves until the link is lost; returns why.
@@ -209,6 +215,7 @@ impl<'a> Turn<'a> {
                     if let Some(why) = self.answered(answered, endpoint) {
                         return why;
                     }
+                    self.send_waiting();
                 }
             }
         }
@@ -229,16 +236,28 @@ impl<'a> Turn<'a> {
                 return Some("a command was not carried out");
             }
         }
-        // Every confirmation comes before the answer to the whole. Who has none is on another node by now.
-        if is_subscribe && self.context.servers.topology.is_cluster() {
-            let server = self.server;
-            for channel in channels.into_iter().filter(|channel| channel.is_subscribing_at(server)) {
-                self.broker.hub.refuse_upstream(&channel);
-                self.look_again(clock::now_us() + MOVED_RETRY_US, channel);
-                endpoint.doubt();
-            }
+        if self.context.servers.topology.is_cluster() {
+            self.retry_unconfirmed(is_subscribe, channels, endpoint);
         }
         None
+    }
+
+    /// Every confirmation comes before the answer to the whole. Who has none is on another node by now, or on none.
+    fn retry_unconfirmed(&mut self, is_subscribe: bool, channels: Vec<HubChannel>, endpoint: &Endpoint) {
+        for channel in channels {
+            let is_unconfirmed = match is_subscribe {
+                true => channel.is_subscribing_at(self.server),
+                false => channel.keep_at(self.server),
+            };
+            if !is_unconfirmed {
+                continue;
+            }
+            if is_subscribe {
+                self.broker.hub.refuse_upstream(&channel);
+            }
+            self.look_again(clock::now_us() + MOVED_RETRY_US, channel);
+            endpoint.doubt();
+        }
     }
 
     /// Delivers what has arrived, with one flush for all of it unless a subscriber is late.
@@ -321,6 +340,7 @@ impl<'a> Turn<'a> {
         let mut changed = self.broker.hub.take_changed(self.server);
         while self.later.front().is_some_and(|(at_us, _)| *at_us <= now_us) {
             changed.extend(self.later.pop_front().map(|(_, channel)| channel));
+            changed.last().inspect(|channel| channel.is_awaited.store(false, Ordering::Release));
         }
         let (mut subscribe, mut unsubscribe) = (Vec::new(), Vec::new());
         for channel in changed {
@@ -347,17 +367,34 @@ impl<'a> Turn<'a> {
         }
     }
 
+    /// Looks at the channel once more; one that is looked at later anyhow has its turn then.
     fn look_again(&mut self, at_us: u64, channel: HubChannel) {
+        if channel.is_awaited.swap(true, Ordering::AcqRel) {
+            return;
+        }
         let at = self.later.partition_point(|(other_us, _)| *other_us <= at_us);
         self.later.insert(at, (at_us, channel));
     }
 
-    /// Sends one batch; the confirmations arrive as pushes, in order with the messages.
+    /// Has a batch sent when it is its turn: what is outstanding fits into the inbox as confirmations.
     fn send(&mut self, batch: &[HubChannel], is_subscribe: bool) {
+        self.waiting.push_back((batch.to_vec(), is_subscribe));
+        self.send_waiting();
+    }
+
+    fn send_waiting(&mut self) {
+        while self.commands.len() < COMMANDS_MAX
+            && let Some((channels, is_subscribe)) = self.waiting.pop_front()
+        {
+            self.send_batch(channels, is_subscribe);
+        }
+    }
+
+    /// Sends one batch; the confirmations arrive as pushes, in order with the messages.
+    fn send_batch(&mut self, channels: Vec<HubChannel>, is_subscribe: bool) {
         let topology = &self.context.servers.topology;
-        let names: Vec<_> = batch.iter().map(|channel| topology.redis_channel(channel.name())).collect();
+        let names: Vec<_> = channels.iter().map(|channel| topology.redis_channel(channel.name())).collect();
         let is_cluster = topology.is_cluster();
-        let channels = batch.to_vec();
         let mut connection = self.connection.clone();
         self.commands.spawn(async move {
             let answer = match (is_cluster, is_subscribe) {
@@ -426,6 +463,11 @@ impl<'a> Turn<'a> {
         self.commands.abort_all();
         self.take_arrivals().await;
         self.broker.hub.lose_upstream(self.server);
+        for (_, channel) in self.later.drain(..) {
+            channel.is_awaited.store(false, Ordering::Release);
+            // It may belong to another server by now.
+            self.broker.hub.list(&channel);
+        }
     }
 }
 

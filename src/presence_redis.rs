@@ -11,8 +11,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use redis::aio::MultiplexedConnection;
 use redis::{FromRedisValue, RedisResult, Script};
 
@@ -29,6 +30,9 @@ const INDEX_ENTRIES: usize = 500;
 
 /// How long an instance that was swept up can find out. The key is small, and instance ids do not come again.
 const SWEPT_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// A sweep of presence ends after this share of a channel's lifetime, a tenth of a lease, and goes on the next time.
+const SWEEP_SHARE: u32 = 40;
 
 /// What all scripts begin with: what a [`Place`] is, and the words that the rest is told in.
 const PRELUDE: &str = r"
@@ -306,22 +310,31 @@ impl RedisStore {
         Ok((next, found.iter().filter_map(|entry| parse_entry(entry)).collect()))
     }
 
-    /// Whether another instance swept up after this one since the last call.
+    /// Whether another instance swept up after this one.
     ///
     /// # Errors
     /// Redis is away, or refuses.
-    pub async fn take_swept(&self, link: &mut Commands, instance_id: &str) -> RedisResult<bool> {
-        let key = self.settings.swept(instance_id);
-        Ok(redis::cmd("UNLINK").arg(key).query_async::<u64>(link).await? > 0)
+    pub async fn was_swept(&self, link: &mut Commands, instance_id: &str) -> RedisResult<bool> {
+        redis::cmd("EXISTS").arg(self.settings.swept(instance_id)).query_async(link).await
+    }
+
+    /// This instance has noted that it was swept up.
+    ///
+    /// # Errors
+    /// Redis is away, or refuses.
+    pub async fn forget_swept(&self, link: &mut Commands, instance_id: &str) -> RedisResult<()> {
+        redis::cmd("UNLINK").arg(self.settings.swept(instance_id)).exec_async(link).await
     }
 
     /// Takes the connections of a dead instance out of the lists and announces the leaves that are due. What is not
-    /// due (its clients were told to come back) stays for the next sweep. True if nothing has to stay.
+    /// due (its clients were told to come back), or on a server that is away, stays for the next sweep, and so does
+    /// what would take too long: the sweeper has its own lease to renew. True if nothing has to stay.
     ///
     /// # Errors
     /// Redis is away, or refuses.
     pub async fn sweep_up(&self, link: &mut Commands, instance_id: &str, instance_key: &str) -> RedisResult<bool> {
         let index = self.settings.index(instance_id);
+        let started = Instant::now();
         loop {
             let (found, is_alive): (Vec<String>, bool) = redis::pipe()
                 .cmd("SRANDMEMBER")
@@ -334,19 +347,29 @@ impl RedisStore {
             if found.is_empty() || is_alive {
                 return Ok(true);
             }
-            let ttl_ms = SWEPT_TTL.as_millis() as u64;
-            let swept = self.settings.swept(instance_id);
-            redis::cmd("SET").arg(swept).arg(1).arg("PX").arg(ttl_ms).exec_async(link).await?;
-            let gone = self.sweep_batch(&found).await?;
-            if gone.is_empty() {
+            let ttl_ms = self.settings.ttl.as_millis() as u64;
+            self.mark_swept(link, instance_id).await?;
+            let gone = self.sweep_batch(&found).await;
+            // If it came back meanwhile, it may have taken the mark already.
+            self.mark_swept(link, instance_id).await?;
+            let must_wait = gone.is_empty() || started.elapsed() > self.settings.ttl / SWEEP_SHARE;
+            if !gone.is_empty() {
+                redis::cmd("SREM").arg(&index).arg(gone).exec_async(link).await?;
+            }
+            if must_wait {
+                redis::cmd("PEXPIRE").arg(&index).arg(ttl_ms).exec_async(link).await?;
                 return Ok(false);
             }
-            redis::cmd("SREM").arg(&index).arg(gone).exec_async(link).await?;
         }
     }
 
-    /// Leaves for a batch of index entries; returns those that are done with.
-    async fn sweep_batch<'a>(&self, found: &'a [String]) -> RedisResult<Vec<&'a str>> {
+    async fn mark_swept(&self, link: &mut Commands, instance_id: &str) -> RedisResult<()> {
+        let (swept, ttl_ms) = (self.settings.swept(instance_id), SWEPT_TTL.as_millis() as u64);
+        redis::cmd("SET").arg(swept).arg(1).arg("PX").arg(ttl_ms).exec_async(link).await
+    }
+
+    /// Leaves for a batch of index entries, all channels side by side; returns those that are done with.
+    async fn sweep_batch<'a>(&self, found: &'a [String]) -> Vec<&'a str> {
         let mut gone = Vec::new();
         let mut by_channel = BTreeMap::<_, Vec<_>>::new();
         for entry in found {
@@ -355,16 +378,22 @@ impl RedisStore {
                 None => gone.push(entry.as_str()),
             }
         }
-        for (channel, entries) in by_channel {
-            for entries in entries.chunks(SCRIPT_ENTRIES_MAX) {
-                // If its list does not know it, it never joined, or was settled.
-                let leave = |(_, member): &(_, Member)| Change { member: member.clone(), is_announced: false };
-                let changes: Vec<_> = entries.iter().map(leave).collect();
-                self.leave(&channel, &changes, 0).await?;
-                let identities: Vec<_> = changes.iter().map(|change| change.member.identity()).collect();
-                let left_ms = self.settle(&channel, &identities).await?;
-                gone.extend(entries.iter().zip(left_ms).filter(|(_, left)| *left == 0).map(|((entry, _), _)| *entry));
-            }
+        let swept = by_channel.iter().map(|(channel, entries)| self.sweep_channel(channel, entries));
+        // What is on a server that is away has its turn in another sweep.
+        gone.extend(join_all(swept).await.into_iter().flat_map(Result::unwrap_or_default));
+        gone
+    }
+
+    async fn sweep_channel<'a>(&self, channel: &str, entries: &[(&'a str, Member)]) -> RedisResult<Vec<&'a str>> {
+        let mut gone = Vec::new();
+        for entries in entries.chunks(SCRIPT_ENTRIES_MAX) {
+            // If its list does not know it, it never joined, or was settled.
+            let leave = |(_, member): &(_, Member)| Change { member: member.clone(), is_announced: false };
+            let changes: Vec<_> = entries.iter().map(leave).collect();
+            self.leave(channel, &changes, 0).await?;
+            let identities: Vec<_> = changes.iter().map(|change| change.member.identity()).collect();
+            let left_ms = self.settle(channel, &identities).await?;
+            gone.extend(entries.iter().zip(left_ms).filter(|(_, left)| *left == 0).map(|((entry, _), _)| *entry));
         }
         Ok(gone)
     }

@@ -142,7 +142,7 @@ impl Writer {
     async fn compare_index(&self, store: &RedisStore) -> RedisResult<()> {
         let (presence, own) = (self.presence(), &*self.broker.shared.instance_id);
         let mut link = self.index_link()?;
-        let was_swept = store.take_swept(&mut link, own).await?;
+        let was_swept = store.was_swept(&mut link, own).await?;
         let mut cursor = 0;
         loop {
             let (next, entries) = store.indexed(&mut link, own, cursor).await?;
@@ -155,7 +155,7 @@ impl Writer {
             }
         }
         presence.note_all(was_swept);
-        Ok(())
+        if was_swept { store.forget_swept(&mut link, own).await } else { Ok(()) }
     }
 
     /// The link to the Redis that has the registry.
@@ -167,18 +167,18 @@ impl Writer {
     /// Writes what is noted.
     async fn write(&mut self) -> RedisResult<()> {
         let work = self.presence().take();
-        if let Err(error) = self.index(&work).await {
-            for (channel, Work { here, gone }) in work {
-                self.presence().note_again(&channel, members(here.into_iter().chain(gone)));
-            }
-            return Err(error);
-        }
+        let indexed = self.index(&work).await;
         let mut calls = Vec::new();
         for (channel, Work { here, gone }) in work {
-            calls.extend(in_calls(&channel, Step::Join, &here));
             calls.extend(in_calls(&channel, Step::Leave, &gone));
+            match &indexed {
+                Ok(()) => calls.extend(in_calls(&channel, Step::Join, &here)),
+                Err(_) if self.index_link().is_ok() => self.presence().note_again(&channel, members(here)),
+                // When the registry's link is back, everything is written again.
+                Err(_) => {}
+            }
         }
-        self.carry_out(calls).await
+        self.carry_out(calls).await.and(indexed)
     }
 
     async fn index(&self, work: &BTreeMap<Arc<str>, Work>) -> RedisResult<()> {
@@ -224,6 +224,8 @@ impl Writer {
             // A call that panicked is logged as such, and its entries are renewed in time.
             let Ok((Call { channel, step, changes }, outcome)) = done else { continue };
             match outcome {
+                // When its server is back, everything is written again; until then it must not hold up the others.
+                Err(_) if self.is_away(&channel) => {}
                 Err(error) => {
                     result = Err(error);
                     self.again(&channel, step, changes);
@@ -243,6 +245,10 @@ impl Writer {
             }
         }
         self.forget(gone).await.and(result)
+    }
+
+    fn is_away(&self, channel: &str) -> bool {
+        matches!(&self.presence().store, Store::Redis(store) if store.servers().commands(channel).is_none())
     }
 
     fn again(&mut self, channel: &Arc<str>, step: Step, changes: Vec<Change>) {

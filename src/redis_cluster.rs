@@ -66,23 +66,38 @@ struct Range {
 }
 
 impl Watcher {
-    /// The owners of the slots, from the first node that answers and is not behind.
+    /// The owners of the slots, from the first node that answers and is not behind. If all answer and are behind, the
+    /// cluster was built anew.
     async fn owners(&mut self) -> Option<Vec<Range>> {
+        let (mut behind, mut failed) = (None, 0);
         for _ in 0..=self.known.len() {
             match self.ask().await {
                 Ok((epoch, ranges)) if epoch >= self.epoch && !ranges.is_empty() => {
-                    self.epoch = epoch;
-                    self.known = ranges.iter().map(|range| range.primary.clone()).chain(self.seeds.clone()).collect();
-                    return Some(ranges);
+                    return Some(self.learn(epoch, ranges));
                 }
                 // Cut off, or not a member of the cluster yet.
-                Ok(_) => {}
-                Err(error) => warn!(%error, "a node of the cluster does not answer"),
+                Ok((epoch, ranges)) => {
+                    if !ranges.is_empty() && behind.as_ref().is_none_or(|(newest, _)| epoch > *newest) {
+                        behind = Some((epoch, ranges));
+                    }
+                }
+                Err(error) => {
+                    failed += 1;
+                    warn!(%error, "a node of the cluster does not answer");
+                }
             }
             self.link = None;
             self.known.rotate_left(1);
         }
-        None
+        let (epoch, ranges) = behind.filter(|_| failed == 0)?;
+        warn!(epoch, before = self.epoch, "all nodes of the cluster are at an older epoch: it was built anew");
+        Some(self.learn(epoch, ranges))
+    }
+
+    fn learn(&mut self, epoch: u64, ranges: Vec<Range>) -> Vec<Range> {
+        self.epoch = epoch;
+        self.known = ranges.iter().map(|range| range.primary.clone()).chain(self.seeds.clone()).collect();
+        ranges
     }
 
     /// `CLUSTER INFO` and `CLUSTER SLOTS` of one node.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
+use redis::io::tcp::socket2::TcpKeepalive;
 use redis::{
     AsyncConnectionConfig, Client, ConnectionAddr, ConnectionInfo, ErrorKind, ProtocolVersion, RedisError, RedisResult,
 };
@@ -18,6 +19,9 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const BACKOFF_MAX: Duration = Duration::from_millis(500);
 
 const BACKOFF_FIRST: Duration = Duration::from_millis(20);
+
+/// A link that says nothing is asked whether it lives after this.
+const KEEPALIVE: Duration = Duration::from_secs(5);
 
 /// A half-open link is given up by the kernel after this.
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -33,7 +37,10 @@ impl Access {
     pub fn new(info: ConnectionInfo) -> Self {
         // RESP3, which pushes need.
         let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
-        let tcp = TcpSettings::default().set_nodelay(true).set_user_timeout(TCP_USER_TIMEOUT);
+        let tcp = TcpSettings::default()
+            .set_nodelay(true)
+            .set_keepalive(TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE))
+            .set_user_timeout(TCP_USER_TIMEOUT);
         Self { info: info.set_redis_settings(redis).set_tcp_settings(tcp) }
     }
 
@@ -53,6 +60,13 @@ impl Access {
     #[must_use]
     pub fn without_credentials(&self) -> Self {
         let redis = redis::RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP3);
+        Self { info: self.info.clone().set_redis_settings(redis) }
+    }
+
+    /// The same at database 0, the only one that sentinels have.
+    #[must_use]
+    pub fn without_database(&self) -> Self {
+        let redis = self.info.redis_settings().clone().set_db(0);
         Self { info: self.info.clone().set_redis_settings(redis) }
     }
 

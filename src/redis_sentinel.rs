@@ -85,7 +85,7 @@ async fn connect(access: &Access) -> RedisResult<MultiplexedConnection> {
         .set_connection_timeout(Some(CONNECT_TIMEOUT))
         .set_response_timeout(Some(CONNECT_TIMEOUT));
     match access.without_credentials().connect(&config).await {
-        Err(error) if error.code() == Some("NOAUTH") => access.connect(&config).await,
+        Err(error) if error.code() == Some("NOAUTH") => access.without_database().connect(&config).await,
         result => result,
     }
 }

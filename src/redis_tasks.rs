@@ -10,10 +10,11 @@ use tokio::task::JoinHandle;
 
 use crate::broker::Broker;
 use crate::commands::Place;
-use crate::config::{Config, RedisMode};
+use crate::config::Config;
 use crate::multiplexer;
 use crate::publisher::{self, Jobs};
 use crate::redis_cluster;
+use crate::redis_config::RedisMode;
 use crate::redis_link::{Access, CONNECT_TIMEOUT, Endpoint, Node};
 use crate::redis_sentinel;
 use crate::registry;

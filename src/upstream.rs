@@ -71,6 +71,15 @@ impl Upstream {
         was_live
     }
 
+    /// Redis did not carry out an UNSUBSCRIBE. True if one was outstanding.
+    pub fn keep(&mut self) -> bool {
+        let was_releasing = *self == Self::Releasing;
+        if was_releasing {
+            *self = Self::Live;
+        }
+        was_releasing
+    }
+
     /// The link is gone, and every subscription and outstanding operation with it.
     pub fn lose(&mut self) {
         *self = Self::Absent;

@@ -88,6 +88,20 @@ fn an_open_internal_listener_must_be_said_explicitly() {
     assert!(load(&[open, ("HUBCAST_INSECURE_INTERNAL", "true")]).is_ok());
 }
 
+#[test]
+fn a_redis_mode_needs_fitting_urls_and_a_refusal_shows_no_secret() {
+    for mode in ["sentinel", "cluster"] {
+        assert!(load(&[("HUBCAST_REDIS_MODE", mode)]).unwrap_err().contains("HUBCAST_REDIS_URL"), "{mode}");
+    }
+    let cluster = ("HUBCAST_REDIS_MODE", "cluster");
+    let database = load(&[cluster, ("HUBCAST_REDIS_URL", "redis://u:canary@a,redis://u:canary@b/1")]).unwrap_err();
+    assert!(database.contains("/db") && !database.contains("canary"), "{database}");
+    assert!(load(&[cluster, ("HUBCAST_REDIS_URL", "redis://a/,rediss://b:7000")]).is_ok());
+    // A comma in a password has to be written as %2C.
+    let split = load(&[("HUBCAST_REDIS_URL", "redis://u:canary,canary@localhost")]).unwrap_err();
+    assert!(!split.contains("canary"), "{split}");
+}
+
 /// What `--print-config` prints is a configuration, and secrets are not in it.
 #[test]
 fn the_printed_configuration_can_be_read_back_and_holds_no_secret() {

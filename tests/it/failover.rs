@@ -9,7 +9,7 @@ use crate::binary::{Binary, exchange};
 use crate::harness::{Client, Redis, await_metric, eventually, gateway, gateway_with, http, metric, publish, ready};
 use crate::proxy::Proxy;
 use crate::sentinels::{MASTER, Sentinels};
-use crate::tls_redis::TlsRedis;
+use crate::tls_redis::{RIGHTS, TlsRedis};
 
 fn instance(sentinel_urls: &str) -> Gateway {
     gateway(&[
@@ -101,7 +101,8 @@ async fn redis_is_reached_through_tls_with_a_user_and_only_if_its_certificate_is
     let redis = TlsRedis::start().await;
     let start = |ca: std::path::PathBuf| {
         let ca = ca.to_str().unwrap().to_owned();
-        Binary::start(1000, &[("HUBCAST_REDIS_URL", &redis.url()), ("SSL_CERT_FILE", &ca)])
+        let rules = ("HUBCAST_CHANNEL_RULES", r#"[{"match":"*","presence":true}]"#);
+        Binary::start(1000, &[("HUBCAST_REDIS_URL", &redis.url()), ("SSL_CERT_FILE", &ca), rules])
     };
     let (trusting, distrusting) = (start(redis.ca_file()), start(redis.other_ca_file()));
     let is_ready = async |binary: &Binary| {
@@ -117,6 +118,16 @@ async fn redis_is_reached_through_tls_with_a_user_and_only_if_its_certificate_is
     })
     .await;
     assert_eq!(is_ready(&distrusting).await, None);
+    // With no more rights than these, presence and the registry work too.
+    let mut client = Client::try_open_at(trusting.public, "/ws?user=alice&channels=c", None).await.unwrap();
+    for expected in ["welcome", "subscribed", "join"] {
+        assert_eq!(client.json().await["type"], expected);
+    }
+    assert!(include_str!("../../README.md").contains(RIGHTS));
+    eventually("the connection in the registry", async || {
+        redis.command(&["SCARD", "ws:instances"]).contains('1').then_some(())
+    })
+    .await;
 }
 
 /// A gateway behind a proxy of its own, whose probes are quick.

@@ -12,6 +12,10 @@ use crate::harness::{Port, Process, eventually};
 const USER: &str = "hub";
 const PASSWORD: &str = "secret";
 
+/// What README says that a gateway needs.
+pub const RIGHTS: &str = "~ws:* &hub:* -@all +@connection -@admin +@pubsub +@string +@set +@sortedset +exists +unlink +pexpire +time +role +eval +evalsha +script|load \
+    +info +cluster|info +cluster|slots";
+
 /// A `redis-server` for `localhost` and 127.0.0.1 with a certificate of its own authority.
 pub struct TlsRedis {
     port: Port,
@@ -60,7 +64,10 @@ impl TlsRedis {
             .arg(path("server.pem"))
             .arg("--tls-key-file")
             .arg(path("server.key"))
-            .args(["--user", USER, "on", &format!(">{PASSWORD}"), "~*", "&*", "+@all"])
+            .args(["--user", USER, "on", &format!(">{PASSWORD}")])
+            .args(RIGHTS.split(' '))
+            // For the tests themselves.
+            .args(["+client|list", "+acl|whoami"])
             .args(["--user", "default", "off"])
             .stdout(Stdio::null())
             .spawn()
