@@ -178,7 +178,10 @@ export class Client extends Emitter<ClientEvents> {
       const url = await address(this.urls, this.#attempts++);
       const token = await getToken?.({ isRefused: this.#return.isRefused });
       if (turn !== this.#turn) return;
-      if (token === null) return this.#ended({ code: UNAUTHORIZED, reason: "there is no token" }, null);
+      if (token === null) {
+        this.#ended({ code: UNAUTHORIZED, reason: "there is no token" }, null);
+        return;
+      }
       if (user !== undefined) url.searchParams.set("user", user);
       if (token !== undefined && tokenIn === "query") url.searchParams.set("token", token);
       this.#connection = new Connection(url, this.#settings, {
@@ -195,11 +198,12 @@ export class Client extends Emitter<ClientEvents> {
   }
 
   #welcomed(welcome: WelcomeFrame, token: string | undefined): void {
-    if (token === undefined) this.#opened(welcome);
-    else
-      this.#connection?.queue(encode({ type: "auth", token }), (answer) =>
-        this.#authenticated(answer, welcome),
-      );
+    if (token === undefined) {
+      this.#opened(welcome);
+      return;
+    }
+    const auth = encode({ type: "auth", token });
+    this.#connection?.queue(auth, (answer) => this.#authenticated(answer, welcome));
   }
 
   #authenticated(answer: ServerFrame | HubcastError, welcome: WelcomeFrame): void {
@@ -229,6 +233,8 @@ export class Client extends Emitter<ClientEvents> {
   #received(frame: ServerFrame): void {
     if (frame.type === "draining") {
       this.#overdue.set(this.#return.draining(frame.retry_after_ms));
+      // Before it is open there is nothing that could go on.
+      if (this.#status.state !== "open") return;
       this.#become({ state: "draining", retryAfterMs: frame.retry_after_ms });
     } else if ("channel" in frame && frame.type !== "error") {
       this.#subscriptions.get(frame.channel ?? "")?.received(frame);

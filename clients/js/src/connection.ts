@@ -37,8 +37,7 @@ export class Connection {
     this.#requests = new Requests(settings.clock);
     this.#socket = new settings.WebSocket(url.href, SUBPROTOCOL);
     this.#socket.onmessage = (event: { data: unknown }) => this.#received(event.data);
-    // A close follows; but npm `ws` throws an error that nobody takes.
-    this.#socket.onerror = () => {};
+    this.#socket.onerror = (event: { message?: string }) => this.#erred(event.message);
     this.#socket.onclose = (event: Close) => this.#ended({ code: event.code, reason: event.reason });
   }
 
@@ -82,6 +81,11 @@ export class Connection {
   fail(close: Close): void {
     if (this.#isOver) return;
     this.#ended(close, () => (this.#socket.terminate ? this.#socket.terminate() : this.#socket.close()));
+  }
+
+  /** A close follows, except that the WebSocket of older Nodes forgets it where the connection was never open. */
+  #erred(message = "cannot connect"): void {
+    if (this.#liveness === undefined) this.fail({ code: LOST, reason: message });
   }
 
   #ended(close: Close, letGo = () => {}): void {

@@ -1,5 +1,7 @@
 // Typed events.
 
+import { guarded } from "./guarded.js";
+
 type Listener<Event> = (event: Event) => void;
 
 export abstract class Emitter<Events> {
@@ -16,18 +18,10 @@ export abstract class Emitter<Events> {
     this.#listeners.get(type)?.delete(listener);
   }
 
-  /** True if somebody listened. What a listener throws is reported as uncaught and keeps nobody else from hearing. */
+  /** True if somebody listened. A listener that throws keeps nobody else from hearing. */
   protected emit<Type extends keyof Events>(type: Type, event: Events[Type]): boolean {
     const listeners = [...(this.#listeners.get(type) ?? [])] as Listener<Events[Type]>[];
-    for (const listener of listeners) {
-      try {
-        listener(event);
-      } catch (error) {
-        queueMicrotask(() => {
-          throw error;
-        });
-      }
-    }
+    for (const listener of listeners) guarded(() => listener(event), undefined);
     return listeners.length > 0;
   }
 }

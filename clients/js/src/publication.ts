@@ -22,7 +22,9 @@ export class Publication<Data = unknown> {
   /** The payload if it is neither JSON nor text; decoded when first asked for. */
   get bytes(): Uint8Array | undefined {
     if (this.#bytes === undefined && this.#base64 !== undefined) {
-      this.#bytes = Uint8Array.from(atob(this.#base64), (letter) => letter.charCodeAt(0));
+      const letters = atob(this.#base64);
+      this.#bytes = new Uint8Array(letters.length);
+      for (let n = 0; n < letters.length; n += 1) this.#bytes[n] = letters.charCodeAt(n);
     }
     return this.#bytes;
   }

@@ -2,6 +2,7 @@
 
 import { Backoff } from "./backoff.js";
 import { asksForRest, type Close, comesBack, UNAUTHORIZED } from "./close.js";
+import { guarded } from "./guarded.js";
 import type { Settings } from "./options.js";
 
 /** A connection that lasted this long was a good one: the next delay is short again. */
@@ -44,6 +45,8 @@ export class Return {
     this.#backoff.reset();
     this.#attempt = 0;
     this.#isRefused = false;
+    this.#openSince = undefined;
+    this.#drain = undefined;
   }
 
   /** The connection ends within `retryAfterMs`. Returns when it is time to go without being told. */
@@ -63,7 +66,7 @@ export class Return {
     this.#drain = undefined;
     const byDefault = comesBack(close.code) || this.#mayAskForToken(close.code);
     this.#isRefused = close.code === UNAUTHORIZED;
-    if (!(shouldReconnect?.(close, byDefault) ?? byDefault)) return null;
+    if (!guarded(() => shouldReconnect?.(close, byDefault) ?? byDefault, byDefault)) return null;
     if (drain) return this.#drainDelay(drain);
     const needsRest = asksForRest(close.code);
     if (openMs >= GOOD_CONNECTION_MS && !needsRest) this.#backoff.reset();

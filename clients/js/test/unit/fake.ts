@@ -54,7 +54,7 @@ export type Frame = { type: string; id?: number; [member: string]: unknown };
 export class FakeSocket {
   onopen: (() => void) | null = null;
   onmessage: ((event: { data: unknown }) => void) | null = null;
-  onerror: (() => void) | null = null;
+  onerror: ((event: { message?: string }) => void) | null = null;
   onclose: ((event: { code: number; reason: string }) => void) | null = null;
   /** What the client said and nobody looked at yet. */
   readonly #said: Frame[] = [];

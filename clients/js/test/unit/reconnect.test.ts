@@ -142,6 +142,31 @@ test("a drain that nobody ends is left", async () => {
   assert.equal(world.retryInMs, 500);
 });
 
+test("a drain is forgotten by close()", async () => {
+  const world = await World.open();
+  world.socket.say({ type: "draining", retry_after_ms: 60_000 });
+  world.client.close();
+  world.client.connect();
+  await settled();
+  world.socket.end(1006);
+  assert.equal(world.retryInMs, 500);
+});
+
+test("a drain that begins before the token is accepted", async () => {
+  const world = new World({ getToken: () => "t", tokenIn: "command" });
+  world.client.subscribe("news");
+  world.client.connect();
+  await world.accept();
+  world.socket.say({ type: "draining", retry_after_ms: 1_000 });
+  await world.socket.heardOne("auth");
+  world.socket.end(1012);
+  assert.equal(world.retryInMs, 500);
+  assert.deepEqual(
+    world.statuses.map(({ state }) => state),
+    ["connecting", "closed"],
+  );
+});
+
 test("requests go on while an instance drains", async () => {
   const world = await World.open();
   world.socket.say({ type: "draining", retry_after_ms: 1_000 });
@@ -166,6 +191,17 @@ test("not open in time: tried again, the late one is given up", async () => {
   first?.welcome();
   assert.equal(world.client.status.state, "closed");
   await world.comeBack();
+  assert.equal(world.client.status.state, "open");
+});
+
+test("an error before the connection is open is its end, one after it is not", async () => {
+  const world = new World();
+  world.client.connect();
+  await settled();
+  world.socket.onerror?.({ message: "refused" });
+  assert.deepEqual(world.client.status, { state: "closed", code: 1006, reason: "refused", retryInMs: 500 });
+  await world.comeBack();
+  world.socket.onerror?.({});
   assert.equal(world.client.status.state, "open");
 });
 
@@ -332,4 +368,27 @@ test("a frame that nobody understands is reported, an unknown type passed over",
     ["failed", "bad_request"],
   );
   assert.equal(world.client.status.state, "open");
+});
+
+test("a hook or a listener that throws is reported, and the client goes on", async (t) => {
+  const uncaught: unknown[] = [];
+  const note = (error: unknown) => uncaught.push(error);
+  const others = process.listeners("uncaughtException");
+  process.removeAllListeners("uncaughtException").on("uncaughtException", note);
+  t.after(() => {
+    process.removeListener("uncaughtException", note);
+    for (const other of others) process.on("uncaughtException", other);
+  });
+  const world = await World.open({
+    shouldReconnect: () => {
+      throw "hook";
+    },
+  });
+  world.client.on("status", () => {
+    throw "listener";
+  });
+  world.socket.end(1006);
+  await settled();
+  assert.equal(world.retryInMs, 500);
+  assert.deepEqual(uncaught, ["hook", "listener"]);
 });

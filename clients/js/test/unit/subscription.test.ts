@@ -241,6 +241,16 @@ test("a refused subscription ends, one that has to wait is tried again", async (
   assert.deepEqual(world.errors, []);
 });
 
+test("a subscription that waits to be tried again leaves nothing behind", async () => {
+  const world = await World.open();
+  world.client.subscribe("news").on("error", () => {});
+  const { id } = await world.socket.heardOne("subscribe");
+  world.socket.say({ type: "error", id, code: "unavailable", message: "later", channel: "news" });
+  assert.equal(world.clock.timers, 1);
+  world.client.close();
+  assert.equal(world.clock.timers, 0);
+});
+
 test("an error that nobody listens to goes to the client", async () => {
   const world = await World.open();
   world.client.subscribe("news");
