@@ -28,7 +28,7 @@ fn fanout(criterion: &mut Criterion) {
         let mut writer = Writer::default();
         let publish = || {
             let mut fanout = Fanout::default();
-            world.hub.gather(CHANNEL, Payload::Json(&data), &mut fanout);
+            world.hub.gather(CHANNEL, Payload::Json(&data).into(), &mut fanout);
             deliver(&mut fanout);
             fanout
         };

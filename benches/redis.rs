@@ -44,7 +44,7 @@ fn message(criterion: &mut Criterion) {
                 while let Some(arrival) = inbox.pop() {
                     let Arrival::Message { channel, payload, .. } = arrival else { continue };
                     let Some(name) = topology.channel_name(&channel) else { continue };
-                    world.hub.gather(name, Payload::Unchecked(&payload), &mut fanout);
+                    world.hub.gather(name, Payload::Unchecked(&payload).into(), &mut fanout);
                 }
                 deliver(&mut fanout);
                 assert_eq!(fanout.delivered, MESSAGES * subscribers);

@@ -78,7 +78,7 @@ fn event(criterion: &mut Criterion) {
         group.throughput(Throughput::Bytes(size as u64));
         for (name, payload) in [("socket", Payload::Json(&data)), ("redis", Payload::Unchecked(data.as_bytes()))] {
             group.bench_function(BenchmarkId::new(name, size), |bencher| {
-                bencher.iter(|| Publication::new("c", &[black_box(payload)]).frame(Format::Json).len());
+                bencher.iter(|| Publication::new("c", &[black_box(payload).into()]).frame(Format::Json).len());
             });
         }
     }

@@ -4,6 +4,7 @@
 //! - `POST /api/publish/{channel}` with the payload as the body
 //! - `GET /api/channels?prefix=&limit=&page=`, `GET /api/channels/{channel}`
 //! - `GET /api/presence/{channel}?limit=&page=`
+//! - `GET /api/history/{channel}?after=&before=&limit=`
 //! - `GET /api/instances`
 //! - `GET /api/connections?user=&channel=&instance=&limit=&page=`
 //! - `POST /api/disconnect` `{"connection_id"|"user"|"channel","code"?,"reason"?}`
@@ -29,17 +30,23 @@ use tokio::sync::oneshot;
 
 use crate::admin::{self, Ask, Target};
 use crate::answer::{Answer, ApiError, bad_json, error_json, error_response, json_response, status_of, text};
+use crate::asker::Asker;
 use crate::broker::Broker;
 use crate::channel::Channel;
 use crate::cluster::Answers;
 use crate::connection::Connection;
-use crate::presence_reader::{self, Asker, Question};
+use crate::cursor::Cursor;
+use crate::history_reader;
+use crate::presence_reader::{self, Question};
 use crate::protocol::{self, ErrorCode, Refusal};
 use crate::publication::Payload;
 use crate::registry::Roll;
 
 /// A batch may be as large as this many single payloads of the largest size.
 const BATCH_PAYLOADS: usize = 16;
+
+/// Longest `Idempotency-Key`, in bytes.
+const IDEMPOTENCY_KEY_BYTES_MAX: usize = 255;
 
 /// Entries of a page, and the most that can be asked for.
 const PAGE_DEFAULT: usize = 100;
@@ -92,6 +99,7 @@ impl Api {
             (_, Some(route)) => match route.split_once('/') {
                 Some(("publish", channel)) => self.publish_body(channel, request).await,
                 Some(("channels", channel)) => self.channel(channel),
+                Some(("history", channel)) => self.history(channel, &Query::of(&request)).await,
                 Some(("presence", channel)) => self.presence(channel, &Query::of(&request)).await,
                 _ => Err(ApiError::not_found()),
             },
@@ -143,12 +151,13 @@ impl Api {
     }
 
     async fn publish(&self, request: Request<Incoming>) -> Answer {
-        refuse_idempotency(&request)?;
+        let key = idempotency_key(&request)?;
         let body = self.body(request, self.broker.publish_bytes_max.saturating_mul(BATCH_PAYLOADS)).await?;
         let mut started = Vec::new();
-        for (channel, data) in publish_messages(&body)? {
+        for (index, (channel, data)) in publish_messages(&body)?.into_iter().enumerate() {
+            let key = key.as_deref().map(|key| format!("{key}#{index}"));
             let publishing = match protocol::check_channel_name(&channel) {
-                Ok(()) => self.broker.start_publish(&channel, Payload::Json(data.get())).await,
+                Ok(()) => self.broker.start_publish(&channel, Payload::Json(data.get()), key.as_deref()).await,
                 Err(refusal) => Err(refusal),
             };
             started.push((channel, publishing));
@@ -161,7 +170,7 @@ impl Api {
                 Err(refusal) => Err(refusal),
             };
             results.push(match outcome {
-                Ok(()) => json!({ "channel": channel }),
+                Ok(cursor) => published_json(&channel, cursor),
                 Err(refusal) => {
                     let status = status_of(refusal.code);
                     worst = worst.max(status);
@@ -173,12 +182,13 @@ impl Api {
     }
 
     async fn publish_body(&self, channel: &str, request: Request<Incoming>) -> Answer {
-        refuse_idempotency(&request)?;
+        let key = idempotency_key(&request)?;
         let channel = decode(channel)?;
         protocol::check_channel_name(&channel)?;
         let payload = self.body(request, self.broker.publish_bytes_max).await?;
-        self.broker.start_publish(&channel, Payload::Unchecked(&payload)).await?.outcome().await?;
-        Ok(json_response(StatusCode::OK, &json!({ "results": [{ "channel": channel }] })))
+        let publishing = self.broker.start_publish(&channel, Payload::Unchecked(&payload), key.as_deref()).await?;
+        let cursor = publishing.outcome().await?;
+        Ok(json_response(StatusCode::OK, &json!({ "results": [published_json(&channel, cursor)] })))
     }
 
     /// Reads a body within its limits of size and time.
@@ -214,9 +224,23 @@ impl Api {
         let question = Question::new(&channel, limit, query.get("page"), Asker::Http(sender))?;
         self.broker.shared.presence.ask(question).map_err(|_| presence_reader::unavailable())?;
         let members = answer.await.unwrap_or_else(|_| Err(presence_reader::unavailable()))?;
-        let mut response = text(StatusCode::OK, format!("{{{members}}}\n"));
-        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        Ok(response)
+        Ok(members_response(&members))
+    }
+
+    /// What was published to a channel; 404 where its rule has no history.
+    async fn history(&self, channel: &str, query: &Query) -> Answer {
+        let channel = decode(channel)?;
+        protocol::check_channel_name(&channel)?;
+        if self.broker.hub.rules().history(&channel).is_none() {
+            return Err(ErrorCode::NotFound.with("the rule of this channel has no history"));
+        }
+        let range = protocol::history_range(query.get("after"), query.get("before"))?;
+        let limit = protocol::history_limit(query.get("limit").unwrap_or_default())?;
+        let (sender, answer) = oneshot::channel();
+        let question = history_reader::Question { channel: channel.into(), range, limit, asker: Asker::Http(sender) };
+        self.broker.ask_history(question)?;
+        let members = answer.await.unwrap_or_else(|_| Err(history_reader::unavailable()))?;
+        Ok(members_response(&members))
     }
 
     /// A page holds the names after the one that the page token names.
@@ -336,6 +360,13 @@ impl Api {
     }
 }
 
+/// The members of an object, as JSON already.
+fn members_response(members: &str) -> Response<Full<Bytes>> {
+    let mut response = text(StatusCode::OK, format!("{{{members}}}\n"));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
 /// An answer, with the instances that are not in it.
 fn told(mut answer: Value, unreachable: &BTreeSet<String>) -> Value {
     if !unreachable.is_empty() {
@@ -398,11 +429,19 @@ fn publish_messages(body: &[u8]) -> Result<Vec<(String, &RawValue)>, ApiError> {
     }
 }
 
-/// Retries are not recognised yet, so nobody may rely on it.
-fn refuse_idempotency(request: &Request<Incoming>) -> Result<(), ApiError> {
-    match request.headers().get("idempotency-key") {
-        Some(_) => Err(ErrorCode::BadRequest.with("Idempotency-Key needs history, which is not available")),
-        None => Ok(()),
+/// What makes a publish the repetition of an earlier one.
+fn idempotency_key(request: &Request<Incoming>) -> Result<Option<String>, ApiError> {
+    let Some(key) = request.headers().get("idempotency-key") else { return Ok(None) };
+    match key.to_str() {
+        Ok(key) if (1..=IDEMPOTENCY_KEY_BYTES_MAX).contains(&key.len()) => Ok(Some(key.to_owned())),
+        _ => Err(ErrorCode::BadRequest.with("Idempotency-Key is 1 to 255 visible ASCII characters")),
+    }
+}
+
+fn published_json(channel: &str, cursor: Option<Cursor>) -> Value {
+    match cursor {
+        Some(cursor) => json!({ "channel": channel, "cursor": cursor.to_string() }),
+        None => json!({ "channel": channel }),
     }
 }
 

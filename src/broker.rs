@@ -2,19 +2,26 @@
 
 use std::sync::Arc;
 
-use tokio::sync::oneshot;
+use bytes::Bytes;
+use tokio::sync::{mpsc, oneshot};
 
+use crate::channel::Channel;
 use crate::cluster::Cluster;
 use crate::connection::{Connection, Shared};
+use crate::cursor::Cursor;
 use crate::event;
 use crate::fanout::Fanout;
 use crate::health::Health;
-use crate::hub::Hub;
+use crate::history_reader;
+use crate::history_redis;
+use crate::history_store::{Content, Entry, Moment};
+use crate::history_view::Gap;
+use crate::hub::{Histories, Hub};
 use crate::metrics::{Drop as DropReason, Link, Source};
 use crate::presence_store::{self, Event};
 use crate::protocol::{ErrorCode, Refusal};
-use crate::publication::Payload;
-use crate::publisher::{Job, Reply};
+use crate::publication::{Message, Payload};
+use crate::publisher::{Job, Outcome, Reply};
 use crate::servers::Servers;
 
 /// The one way to publish, shared by sockets, the API and the multiplexer.
@@ -30,16 +37,59 @@ pub struct Broker {
     pub cluster: Cluster,
     /// The Redis servers, where there are any.
     pub servers: Option<Arc<Servers>>,
+    /// Questions for [`history_reader::run`].
+    pub history: mpsc::Sender<history_reader::Question>,
     /// `HUBCAST_PUBLISH_BYTES_MAX`
     pub publish_bytes_max: usize,
 }
 
 impl Broker {
-    /// Puts a publication in the order of its channel on this instance. It may wait for others:
-    /// see [`Broker::deliver`].
-    pub fn gather(&self, channel: &str, payload: Payload<'_>, source: Source, fanout: &mut Fanout<Arc<Connection>>) {
-        self.hub.gather(channel, payload, fanout);
+    /// Without Redis: puts a publication in the order of its channel, and in its history where there is one. It may wait
+    /// for others: see [`Broker::deliver`]. Returns the cursor.
+    pub fn gather(
+        &self,
+        channel: &str,
+        payload: Payload<'_>,
+        key: Option<&str>,
+        source: Source,
+        fanout: &mut Fanout<Arc<Connection>>,
+    ) -> Option<Cursor> {
         self.shared.metrics.publication(source);
+        let history = match self.hub.histories() {
+            Histories::Memory(memory) => self.hub.rules().history(channel).map(|retention| (memory, retention)),
+            Histories::Redis(_) => None,
+        };
+        let Some((memory, retention)) = history else {
+            self.hub.gather(channel, payload.into(), fanout);
+            return None;
+        };
+        let kept = Bytes::copy_from_slice(payload.bytes());
+        let deliver = |entry: &Entry| {
+            self.hub.gather(channel, Message { payload, cursor: Some(entry.id) }, fanout);
+        };
+        Some(memory.publish(channel, kept, &retention, key, Moment::now(), deliver).cursor())
+    }
+
+    /// From Redis: puts a message in the order of its channel, as an entry of its history if it is one.
+    pub fn take(&self, channel: &Arc<Channel<Arc<Connection>>>, message: &Bytes, fanout: &mut Fanout<Arc<Connection>>) {
+        self.shared.metrics.publication(Source::Redis);
+        match (history_redis::parse_envelope(message), channel.following()) {
+            (Some(entry), Some(following)) => {
+                following.with(Some(channel), fanout, |follow, out, _| follow.message(entry, out));
+            }
+            // The rule has no history here: another instance's has.
+            (Some(Entry { content: Content::Event(payload), .. }), None) => {
+                channel.gather(Payload::Unchecked(&payload).into(), fanout);
+            }
+            (Some(Entry { content: Content::Marker(_), .. }), None) => {}
+            (None, _) if message.len() > self.publish_bytes_max => {
+                self.shared.metrics.dropped(DropReason::RedisTooLarge, 1);
+                channel.tell_gap(&Gap::upstream(None), fanout);
+            }
+            // A plain publish: where there is history, it is outside of it.
+            (None, _) => channel.gather(Payload::Unchecked(message).into(), fanout),
+        }
+        self.hub.hurry(channel, fanout);
     }
 
     /// Delivers what was gathered, but for channels that coalesce.
@@ -68,13 +118,24 @@ impl Broker {
         true
     }
 
+    /// Has a question about a channel's history answered.
+    ///
+    /// # Errors
+    /// `forbidden` if the channel has none, `unavailable` if too many wait.
+    pub fn ask_history(&self, question: history_reader::Question) -> Result<(), Refusal> {
+        if self.hub.rules().history(&question.channel).is_none() {
+            return Err(history_reader::no_history());
+        }
+        self.history.try_send(question).map_err(|_| history_reader::unavailable())
+    }
+
     /// Checks a payload's size, and that it is not what only Hubcast itself says.
     ///
     /// # Errors
     /// `too_large` or `bad_request`.
     pub fn check_payload(&self, payload: &[u8]) -> Result<(), Refusal> {
-        if payload.starts_with(presence_store::MAGIC) {
-            return Err(Refusal::new(ErrorCode::BadRequest, "a payload cannot start like an event of presence"));
+        if payload.starts_with(presence_store::MAGIC) || payload.starts_with(history_redis::MAGIC) {
+            return Err(Refusal::new(ErrorCode::BadRequest, "a payload cannot start like what only Hubcast says"));
         }
         if payload.len() > self.publish_bytes_max {
             return Err(Refusal::payload_too_large(self.publish_bytes_max));
@@ -83,24 +144,33 @@ impl Broker {
     }
 
     /// Starts a publish of the HTTP API: what is started one after another is published in that order.
-    /// Waits for subscribers that are late, and for room in the queue to Redis.
+    /// Waits for subscribers that are late, and for room in the queue to Redis. What is published with the `key` of an
+    /// earlier publish within five minutes is that one.
     ///
     /// # Errors
     /// `too_large`, `bad_request`, or `unavailable` if there was no room in time.
-    pub async fn start_publish(&self, channel: &str, payload: Payload<'_>) -> Result<Publishing, Refusal> {
+    pub async fn start_publish(
+        &self,
+        channel: &str,
+        payload: Payload<'_>,
+        key: Option<&str>,
+    ) -> Result<Publishing, Refusal> {
         self.check_payload(payload.bytes())?;
+        if key.is_some() && self.hub.rules().history(channel).is_none() {
+            return Err(Refusal::new(ErrorCode::BadRequest, "Idempotency-Key needs a channel with history"));
+        }
         let Some(servers) = &self.servers else {
             let mut fanout = Fanout::default();
-            self.gather(channel, payload, Source::Http, &mut fanout);
+            let cursor = self.gather(channel, payload, key, Source::Http, &mut fanout);
             self.deliver(&mut fanout);
             self.settle(&mut fanout).await;
-            return Ok(Publishing(None));
+            return Ok(Publishing::Done(cursor));
         };
         let (sender, outcome) = oneshot::channel();
         self.shared.metrics.publication(Source::Http);
-        let job = Job::new(channel, payload.bytes(), Reply::Http(sender));
+        let job = Job::new(channel, payload.bytes(), key, Reply::Http(sender));
         servers.publisher(channel).send(job).await.map_err(|_| Refusal::unavailable())?;
-        Ok(Publishing(Some(outcome)))
+        Ok(Publishing::Sent(outcome))
     }
 
     /// Has a fan-out flushed, and waits for subscribers that are late.
@@ -132,17 +202,22 @@ impl Broker {
 /// A publish whose outcome may still be on its way from Redis.
 #[derive(Debug)]
 #[must_use]
-pub struct Publishing(Option<oneshot::Receiver<Result<(), Refusal>>>);
+pub enum Publishing {
+    /// It is delivered here.
+    Done(Option<Cursor>),
+    /// Redis has yet to answer.
+    Sent(oneshot::Receiver<Outcome>),
+}
 
 impl Publishing {
     /// Waits for the outcome.
     ///
     /// # Errors
     /// `unavailable` if nothing was sent to Redis, or its outcome is unknown.
-    pub async fn outcome(self) -> Result<(), Refusal> {
-        match self.0 {
-            None => Ok(()),
-            Some(outcome) => outcome.await.unwrap_or_else(|_| Err(Refusal::unavailable())),
+    pub async fn outcome(self) -> Outcome {
+        match self {
+            Self::Done(cursor) => Ok(cursor),
+            Self::Sent(outcome) => outcome.await.unwrap_or_else(|_| Err(Refusal::unavailable())),
         }
     }
 }

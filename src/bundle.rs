@@ -5,8 +5,9 @@
 
 use std::time::Duration;
 
+use crate::cursor::Cursor;
 use crate::outbox::Limits;
-use crate::publication::Payload;
+use crate::publication::{Message, Payload};
 
 /// Most publications of a bundle, and most payload bytes: pings and closes wait until one that was begun is out.
 const PUBLICATIONS_MAX: usize = 64;
@@ -43,8 +44,17 @@ impl Gathering {
 #[derive(Debug, Default)]
 pub struct Bundle {
     bytes: Vec<u8>,
-    /// Where each payload ends, and whether it is JSON that a parser has accepted.
-    ends: Vec<(usize, bool)>,
+    parts: Vec<Part>,
+}
+
+/// One of them.
+#[derive(Debug)]
+struct Part {
+    /// Where its payload ends.
+    end: usize,
+    /// Whether that is JSON that a parser has accepted.
+    is_json: bool,
+    cursor: Option<Cursor>,
 }
 
 impl Bundle {
@@ -55,32 +65,34 @@ impl Bundle {
 
     /// Whether nothing waits.
     pub fn is_empty(&self) -> bool {
-        self.ends.is_empty()
+        self.parts.is_empty()
     }
 
     /// Whether a publication can join those that wait.
     pub fn has_room(&self, payload: Payload<'_>, gathering: &Gathering) -> bool {
         self.is_empty()
-            || self.ends.len() < gathering.publications_max
+            || self.parts.len() < gathering.publications_max
                 && self.bytes.len() + payload.bytes().len() <= gathering.bytes_max
     }
 
     /// Adds a publication.
-    pub fn add(&mut self, payload: Payload<'_>) {
+    pub fn add(&mut self, message: Message<'_>) {
+        let Message { payload, cursor } = message;
         self.bytes.extend_from_slice(payload.bytes());
-        self.ends.push((self.bytes.len(), matches!(payload, Payload::Json(_))));
+        self.parts.push(Part { end: self.bytes.len(), is_json: matches!(payload, Payload::Json(_)), cursor });
     }
 
     /// The publications in their order.
-    pub fn payloads(&self) -> Vec<Payload<'_>> {
+    pub fn messages(&self) -> Vec<Message<'_>> {
         let mut start = 0;
-        let payload = |(end, is_json): &(usize, bool)| {
-            let bytes = &self.bytes[std::mem::replace(&mut start, *end)..*end];
-            match str::from_utf8(bytes) {
-                Ok(text) if *is_json => Payload::Json(text),
+        let message = |part: &Part| {
+            let bytes = &self.bytes[std::mem::replace(&mut start, part.end)..part.end];
+            let payload = match str::from_utf8(bytes) {
+                Ok(text) if part.is_json => Payload::Json(text),
                 _ => Payload::Unchecked(bytes),
-            }
+            };
+            Message { payload, cursor: part.cursor }
         };
-        self.ends.iter().map(payload).collect()
+        self.parts.iter().map(message).collect()
     }
 }

@@ -6,30 +6,62 @@
 //! marked; they are closed after the lock is released.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 
 use crate::bundle::{Bundle, Gathering};
 use crate::clock;
+use crate::cursor::Cursor;
 use crate::event;
 use crate::fanout::{Fanout, Subscriber};
+use crate::following::Following;
 use crate::frame::Frame;
+use crate::history_memory;
+use crate::history_view::{Gap, Start};
 use crate::members::{Members, Position};
-use crate::publication::{Format, Payload, Publication};
+use crate::publication::{Format, Message, Publication};
+use crate::ticket::{Place, Seat, Ticket};
 use crate::upstream::{Step, Upstream};
 
 /// Most replies that can wait for one pending subscription: repeats of the same command.
 const PENDING_REPLIES_MAX: usize = 16;
 
+/// What a channel is like, by its rule.
+#[derive(Debug)]
+pub(crate) struct Nature {
+    pub gathering: Gathering,
+    pub has_presence: bool,
+    /// Subscribers begin with the last event.
+    pub is_cached: bool,
+    pub past: Option<Past>,
+}
+
+/// Where the past of a channel with history is.
+#[derive(Debug)]
+pub(crate) enum Past {
+    /// Here.
+    Memory(Arc<history_memory::Past>),
+    /// At Redis: what this instance knows of it.
+    Redis(Arc<Following>),
+}
+
+/// A subscription that a client asks for.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Wish<'a> {
+    /// The command's id, for the reply.
+    pub id: Option<&'a str>,
+    /// Where the client stands already.
+    pub after: Option<Cursor>,
+}
+
 /// A channel of the hub.
 #[derive(Debug)]
 pub struct Channel<S> {
     name: Arc<str>,
-    gathering: Gathering,
-    has_presence: bool,
-    state: Mutex<State<S>>,
+    pub(crate) nature: Nature,
+    pub(crate) state: Mutex<State<S>>,
     /// The channel waits in the hub's list of changed ones.
     pub(crate) is_listed: AtomicBool,
     /// A multiplexer will look at it at some later time.
@@ -41,43 +73,35 @@ pub struct Channel<S> {
 /// No Redis server.
 const NOWHERE: usize = usize::MAX;
 
+/// What the order lock guards.
 #[derive(Debug)]
-struct State<S> {
+pub(crate) struct State<S> {
     members: Members<S>,
     /// Publications that are in the channel's order, but not pushed yet.
     gathered: Bundle,
     /// Subscribers that were late at the last delivery: whoever publishes next waits for them.
     late: Vec<S>,
     /// Subscriptions that are confirmed to the client once the channel is live.
-    pending: Members<Pending<S>>,
-    upstream: Upstream,
+    pub(crate) pending: Members<Pending<S>>,
+    pub(crate) upstream: Upstream,
+    /// Where members stand, on a channel with history.
+    pub(crate) cursor: Option<Cursor>,
     /// When the last subscriber left (µs); `None` while there is one.
     idle_since_us: Option<u64>,
     /// The link was lost while there were members: they are told when it is back.
     owes_gap: bool,
     /// Taken out of the hub; whoever still holds it must look the name up again.
-    is_removed: bool,
+    pub(crate) is_removed: bool,
 }
 
+/// A subscription that is not confirmed to the client yet.
 #[derive(Debug)]
-struct Pending<S> {
+pub(crate) struct Pending<S> {
     subscriber: S,
-    replies: Vec<Arc<Frame>>,
-    seat: Arc<AtomicU64>,
+    /// The ids of the commands that are answered then.
+    replies: Vec<Option<Box<str>>>,
+    seat: Arc<Seat>,
 }
-
-/// A place in a channel, kept by the subscription.
-#[derive(Debug)]
-pub enum Ticket {
-    /// Joined at once.
-    Joined(Position),
-    /// Waited for the channel to become live; the seat holds the position, among those who wait
-    /// (its top bit is set) or among the members.
-    Pending(Arc<AtomicU64>),
-}
-
-/// Marks a seat whose position is among those who wait.
-const WAITING: u64 = 1 << 63;
 
 /// What joining came to.
 pub(crate) enum Join {
@@ -88,21 +112,21 @@ pub(crate) enum Join {
 }
 
 impl<S: Subscriber> Channel<S> {
-    pub(crate) fn new(name: &str, upstream: Upstream, gathering: Gathering, has_presence: bool) -> Self {
+    pub(crate) fn new(name: &str, upstream: Upstream, nature: Nature) -> Self {
         let state = State {
             members: Members::default(),
             gathered: Bundle::default(),
             late: Vec::new(),
             pending: Members::default(),
             upstream,
+            cursor: None,
             idle_since_us: Some(clock::now_us()),
             owes_gap: false,
             is_removed: false,
         };
         Self {
             name: name.into(),
-            gathering,
-            has_presence,
+            nature,
             state: Mutex::new(state),
             is_listed: AtomicBool::new(false),
             is_awaited: AtomicBool::new(false),
@@ -122,7 +146,7 @@ impl<S: Subscriber> Channel<S> {
 
     /// Whether it is known who is here.
     pub fn has_presence(&self) -> bool {
-        self.has_presence
+        self.nature.has_presence
     }
 
     /// Subscribers that are joined, and those that wait for the channel to become live.
@@ -139,19 +163,20 @@ impl<S: Subscriber> Channel<S> {
 
     /// How long publications may wait for others.
     pub fn window(&self) -> Duration {
-        self.gathering.window
+        self.nature.gathering.window
     }
 
     /// Puts a publication in the channel's order. It is pushed together with those that follow, at the latest
     /// when whoever finds the channel in `fanout` has it delivered.
-    pub fn gather(self: &Arc<Self>, payload: Payload<'_>, fanout: &mut Fanout<S>) {
+    pub fn gather(self: &Arc<Self>, message: Message<'_>, fanout: &mut Fanout<S>) {
         let mut state = self.state.lock();
         state.tell_late(fanout);
-        if !Bundle::is_for(payload) {
+        state.cursor = message.cursor.or(state.cursor);
+        if !Bundle::is_for(message.payload) {
             state.deliver(&self.name, fanout);
-            return state.push(&Publication::new(&self.name, &[payload]), fanout);
+            return state.push(&Publication::new(&self.name, &[message]), fanout);
         }
-        if !state.gathered.has_room(payload, &self.gathering) {
+        if !state.gathered.has_room(message.payload, &self.nature.gathering) {
             state.deliver(&self.name, fanout);
         }
         let is_known = fanout.gathered.last().is_some_and(|last| Arc::ptr_eq(last, self));
@@ -159,7 +184,7 @@ impl<S: Subscriber> Channel<S> {
         if !is_known && (state.gathered.is_empty() || self.window().is_zero()) {
             fanout.gathered.push(Arc::clone(self));
         }
-        state.gathered.add(payload);
+        state.gathered.add(message);
     }
 
     /// Pushes what was gathered to every member.
@@ -167,8 +192,11 @@ impl<S: Subscriber> Channel<S> {
         self.state.lock().deliver(&self.name, fanout);
     }
 
-    /// Joins now if the channel is live (`reply` goes first), or as soon as it is.
-    pub(crate) fn join(&self, subscriber: &S, reply: Option<&Arc<Frame>>, fanout: &mut Fanout<S>) -> Join {
+    /// Joins now if the channel is live (the reply goes first), or as soon as it is. Without a wish there is no reply.
+    pub(crate) fn join(self: &Arc<Self>, subscriber: &S, wish: Option<Wish<'_>>, fanout: &mut Fanout<S>) -> Join {
+        if let Some(past) = &self.nature.past {
+            return self.join_past(past, subscriber, wish, fanout);
+        }
         let mut state = self.state.lock();
         if state.is_removed {
             return Join::Removed;
@@ -176,43 +204,40 @@ impl<S: Subscriber> Channel<S> {
         state.deliver(&self.name, fanout);
         state.idle_since_us = None;
         if state.upstream == Upstream::Live {
-            reply.inspect(|reply| {
-                fanout.push(subscriber, reply);
-            });
-            if self.has_presence {
-                subscriber.entered(&self.name);
+            if let Some(wish) = wish {
+                fanout.push(subscriber, &event::subscribed(wish.id, &self.name, None));
             }
-            return Join::Done(Ticket::Joined(state.members.insert(subscriber.clone())), false);
+            return Join::Done(Ticket::Joined(state.enter(self, subscriber.clone())), false);
         }
-        let seat = Arc::new(AtomicU64::new(WAITING));
-        let replies = reply.cloned().into_iter().collect();
-        let pending = Pending { subscriber: subscriber.clone(), replies, seat: Arc::clone(&seat) };
-        let position = state.pending.insert(pending);
-        seat.store(WAITING | position.to_u64(), Ordering::Relaxed);
-        Join::Done(Ticket::Pending(seat), state.upstream == Upstream::Absent)
+        let (ticket, _) = state.wait(subscriber, wish);
+        Join::Done(ticket, state.upstream == Upstream::Absent)
     }
 
     /// Answers a repeated subscribe: at once if joined, else together with the first. False: too many wait already.
-    pub(crate) fn repeat(&self, ticket: &Ticket, subscriber: &S, reply: &Arc<Frame>, fanout: &mut Fanout<S>) -> bool {
+    pub(crate) fn repeat(&self, ticket: &Ticket, subscriber: &S, wish: Wish<'_>, fanout: &mut Fanout<S>) -> bool {
         let mut state = self.state.lock();
         state.deliver(&self.name, fanout);
+        let cursor = state.cursor;
         let pending = match ticket.place() {
             Place::Waiting(position) => state.pending.get_mut(position),
             Place::Joined(_) => None,
         };
         let Some(pending) = pending else {
-            fanout.push(subscriber, reply);
+            let start = cursor.map(Start::at);
+            fanout.push(subscriber, &event::subscribed(wish.id, &self.name, start.as_ref()));
             return true;
         };
         let has_room = pending.replies.len() < PENDING_REPLIES_MAX;
         if has_room {
-            pending.replies.push(Arc::clone(reply));
+            pending.replies.push(wish.id.map(Into::into));
         }
         has_room
     }
 
     /// Removes a subscriber, then pushes `reply` to it. Returns true when nobody is left.
     pub(crate) fn leave(&self, ticket: &Ticket, reply: Option<(&S, &Arc<Frame>)>, fanout: &mut Fanout<S>) -> bool {
+        // Whoever waits for a read does so no more.
+        let mut following = self.following().map(Following::hold);
         let mut state = self.state.lock();
         if reply.is_some() {
             state.deliver(&self.name, fanout);
@@ -220,9 +245,14 @@ impl<S: Subscriber> Channel<S> {
         match ticket.place() {
             Place::Joined(position) => {
                 let member = state.members.remove(position);
-                member.iter().filter(|_| self.has_presence).for_each(|member| member.left(&self.name));
+                member.iter().filter(|_| self.has_presence()).for_each(|member| member.left(&self.name));
             }
-            Place::Waiting(position) => drop(state.pending.remove(position)),
+            Place::Waiting(position) => {
+                state.pending.remove(position);
+                if let Some(following) = &mut following {
+                    following.leave(&position);
+                }
+            }
         }
         state.late.retain(|subscriber| !subscriber.has_room());
         if let Some((subscriber, reply)) = reply {
@@ -272,54 +302,91 @@ impl<S: Subscriber> Channel<S> {
         state.upstream == Upstream::Subscribing && self.upstream_server() == Some(server)
     }
 
-    /// Redis confirmed the SUBSCRIBE: tells members of the gap they are owed, then lets those who waited in.
-    /// True if there was a gap to tell.
-    pub(crate) fn confirm_subscribe(&self, fanout: &mut Fanout<S>) -> bool {
+    /// Redis confirmed the SUBSCRIBE: tells members of the gap they are owed, then lets those who waited in, or has the
+    /// past looked at first.
+    pub(crate) fn confirm_subscribe(self: &Arc<Self>, fanout: &mut Fanout<S>) {
+        match self.following() {
+            None => drop(self.become_live(fanout)),
+            Some(following) => following.with(Some(self), fanout, |follow, out, fanout| {
+                if self.become_live(fanout) {
+                    follow.confirmed(out);
+                }
+            }),
+        }
+    }
+
+    /// True if it was not live before.
+    fn become_live(&self, fanout: &mut Fanout<S>) -> bool {
         let mut state = self.state.lock();
         if !state.upstream.confirm_subscribe() {
             return false;
         }
         state.deliver(&self.name, fanout);
-        let had_gap = std::mem::take(&mut state.owes_gap);
-        if had_gap {
-            state.tell_gap(&self.name, fanout);
+        if std::mem::take(&mut state.owes_gap) {
+            let gap = Gap::upstream(state.cursor);
+            state.tell_gap(&self.name, &gap, fanout);
         }
-        for pending in state.pending.take_all() {
-            for reply in &pending.replies {
-                fanout.push(&pending.subscriber, reply);
+        if self.nature.past.is_none() {
+            for pending in state.pending.take_all() {
+                state.admit(self, pending, None, &[], fanout);
             }
-            if self.has_presence {
-                pending.subscriber.entered(&self.name);
-            }
-            let position = state.members.insert(pending.subscriber);
-            pending.seat.store(position.to_u64(), Ordering::Relaxed);
         }
-        had_gap
+        true
     }
 
     /// Redis confirmed the UNSUBSCRIBE, or ended the subscription itself.
     pub(crate) fn confirm_unsubscribe(&self) {
+        let mut following = self.following().map(Following::hold);
         let mut state = self.state.lock();
         let was_live = state.upstream.confirm_unsubscribe();
-        state.owes_gap |= was_live && !state.members.is_empty();
+        self.note_loss(&mut state, was_live);
         if state.upstream == Upstream::Absent {
             self.server.store(NOWHERE, Ordering::Release);
+            if let Some(following) = &mut following {
+                following.unconfirmed();
+            }
         }
     }
 
     /// The link is lost, or Redis refused the SUBSCRIBE.
     pub(crate) fn lose_upstream(&self) {
+        let mut following = self.following().map(Following::hold);
         let mut state = self.state.lock();
         state.upstream.lose();
         self.server.store(NOWHERE, Ordering::Release);
-        state.owes_gap |= !state.members.is_empty();
+        self.note_loss(&mut state, true);
+        if let Some(following) = &mut following {
+            following.unconfirmed();
+        }
     }
 
-    /// A message of the channel was dropped on its way here: tells the members now.
-    pub fn tell_gap(&self, fanout: &mut Fanout<S>) {
+    /// Members may have missed something. A past makes up for it, but for joins and leaves.
+    fn note_loss(&self, state: &mut State<S>, is_lost: bool) {
+        let is_made_up_for = self.nature.past.is_some() && !self.has_presence();
+        state.owes_gap |= is_lost && !is_made_up_for && !state.members.is_empty();
+    }
+
+    /// A message of the channel was dropped on its way here: has the past looked at, or tells the members now.
+    pub fn miss(self: &Arc<Self>, fanout: &mut Fanout<S>) {
+        match self.following() {
+            Some(following) => following.with(Some(self), fanout, |follow, out, _| follow.check(out)),
+            None => self.tell_gap(&Gap::upstream(None), fanout),
+        }
+    }
+
+    /// Continuity broke here: tells the members.
+    pub(crate) fn tell_gap(&self, gap: &Gap, fanout: &mut Fanout<S>) {
         let mut state = self.state.lock();
         state.deliver(&self.name, fanout);
-        state.tell_gap(&self.name, fanout);
+        state.tell_gap(&self.name, gap, fanout);
+    }
+
+    /// What this instance knows of the past at Redis.
+    pub(crate) fn following(&self) -> Option<&Arc<Following>> {
+        match &self.nature.past {
+            Some(Past::Redis(following)) => Some(following),
+            Some(Past::Memory(_)) | None => None,
+        }
     }
 
     /// Tells the members who came or went, in the channel's order.
@@ -331,11 +398,61 @@ impl<S: Subscriber> Channel<S> {
 }
 
 impl<S: Subscriber> State<S> {
-    fn deliver(&mut self, name: &str, fanout: &mut Fanout<S>) {
+    pub(crate) fn deliver(&mut self, name: &str, fanout: &mut Fanout<S>) {
         if !self.gathered.is_empty() {
             let gathered = std::mem::take(&mut self.gathered);
-            self.push(&Publication::new(name, &gathered.payloads()), fanout);
+            self.push(&Publication::new(name, &gathered.messages()), fanout);
         }
+    }
+
+    /// Lets a subscriber wait.
+    pub(crate) fn wait(&mut self, subscriber: &S, wish: Option<Wish<'_>>) -> (Ticket, Position) {
+        self.idle_since_us = None;
+        let seat = Arc::new(Seat::default());
+        let replies = wish.map(|wish| wish.id.map(Into::into)).into_iter().collect();
+        let pending = Pending { subscriber: subscriber.clone(), replies, seat: Arc::clone(&seat) };
+        let position = self.pending.insert(pending);
+        seat.wait_at(position);
+        (Ticket::Pending(seat), position)
+    }
+
+    /// From here on the subscriber is told what all are told.
+    pub(crate) fn enter(&mut self, channel: &Channel<S>, subscriber: S) -> Position {
+        if channel.has_presence() {
+            subscriber.entered(&channel.name);
+        }
+        self.idle_since_us = None;
+        self.members.insert(subscriber)
+    }
+
+    /// What the subscriber missed; raw ones get what is live and nothing else.
+    pub(crate) fn replay(&self, subscriber: &S, missed: &[Arc<Frame>], fanout: &mut Fanout<S>) {
+        if subscriber.format() == Format::Json && !missed.is_empty() {
+            fanout.replay(subscriber, missed);
+        }
+    }
+
+    /// A subscriber of a channel with history begins.
+    pub(crate) fn begin(&mut self, start: &Start, fanout: &mut Fanout<S>) {
+        self.cursor = Some(start.position);
+        fanout.recoveries[usize::from(start.recovered)] += usize::from(start.is_resumed);
+    }
+
+    /// Lets in one that waited: its replies, what it missed, then the rest.
+    pub(crate) fn admit(
+        &mut self,
+        channel: &Channel<S>,
+        pending: Pending<S>,
+        start: Option<&Start>,
+        missed: &[Arc<Frame>],
+        fanout: &mut Fanout<S>,
+    ) {
+        for id in &pending.replies {
+            fanout.push(&pending.subscriber, &event::subscribed(id.as_deref(), &channel.name, start));
+        }
+        self.replay(&pending.subscriber, missed, fanout);
+        let position = self.enter(channel, pending.subscriber);
+        pending.seat.join_at(position);
     }
 
     /// The walk: pushes a publication to every member, in one go.
@@ -357,31 +474,14 @@ impl<S: Subscriber> State<S> {
     }
 
     /// Raw subscribers get payloads and nothing else: for them a gap is only counted.
-    fn tell_gap(&self, name: &str, fanout: &mut Fanout<S>) {
-        self.tell(&event::upstream_gap(name), fanout);
+    fn tell_gap(&self, name: &str, gap: &Gap, fanout: &mut Fanout<S>) {
+        fanout.gaps += 1;
+        self.tell(&event::gap(name, gap), fanout);
     }
 
     fn tell(&self, frame: &Arc<Frame>, fanout: &mut Fanout<S>) {
         for member in self.members.iter().filter(|member| member.format() == Format::Json) {
             fanout.push(member, frame);
-        }
-    }
-}
-
-enum Place {
-    Joined(Position),
-    Waiting(Position),
-}
-
-impl Ticket {
-    /// Where the subscriber is now; to be asked under the channel's lock.
-    fn place(&self) -> Place {
-        match self {
-            Self::Joined(position) => Place::Joined(*position),
-            Self::Pending(seat) => match seat.load(Ordering::Relaxed) {
-                seat if seat & WAITING == 0 => Place::Joined(Position::from_u64(seat)),
-                seat => Place::Waiting(Position::from_u64(seat & !WAITING)),
-            },
         }
     }
 }

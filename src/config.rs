@@ -112,7 +112,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "HUBCAST_CHANNEL_RULES",
         "",
-        "JSON list of rules, first match wins: {\"match\":\"chat:*\",\"client_publish\":true,\"presence\":true,\"slow\":\"close\",\"coalesce\":\"5ms\"}. Without any, clients may publish everywhere.",
+        "JSON list of rules, first match wins: {\"match\":\"chat:*\",\"client_publish\":true,\"presence\":true,\"history\":{\"size\":100,\"ttl\":\"10m\"},\"cache\":true,\"slow\":\"close\",\"coalesce\":\"5ms\"}. Without any, clients may publish everywhere.",
     ),
     variable(
         "HUBCAST_COALESCE",
@@ -157,6 +157,8 @@ pub struct Config {
     pub registry_lease: Duration,
     /// Who comes back to a channel within this time was never away; not a variable, for tests.
     pub presence_debounce: Duration,
+    /// A channel with history of which nothing is heard for so long has its position checked; not a variable.
+    pub history_check_interval: Duration,
     /// How often a probe goes through Redis; not a variable, for tests.
     pub redis_probe_interval: Duration,
     /// `HUBCAST_WORKER_THREADS`
@@ -232,6 +234,7 @@ impl Config {
             redis_key_prefix: values.get("HUBCAST_REDIS_KEY_PREFIX", PREFIX_ALLOWED, redis_prefix)?,
             registry_lease: Duration::from_secs(30),
             presence_debounce: Duration::from_secs(5),
+            history_check_interval: Duration::from_secs(25),
             redis_probe_interval: Duration::from_secs(5),
             worker_threads: values.get("HUBCAST_WORKER_THREADS", "a number from 1 to 1024", |text| match text {
                 "" => Some(std::thread::available_parallelism().map_or(1, usize::from)),

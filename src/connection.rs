@@ -57,8 +57,7 @@ impl Shared {
     /// Sets in motion what a fan-out came to; returns the connections that were late: the caller publishes no
     /// more until [`Lanes::room`] returns.
     pub fn submit(&self, fanout: &mut Fanout<Arc<Connection>>) -> Vec<Arc<Connection>> {
-        self.metrics.deliveries.inc_by(std::mem::take(&mut fanout.delivered) as u64);
-        fanout.walks_us.drain(..).for_each(|walk_us| self.metrics.fanout.observe_us(walk_us));
+        self.metrics.fanned_out(fanout);
         self.lanes.submit(fanout)
     }
 }
@@ -264,6 +263,11 @@ impl Connection {
         self.outbox.depth()
     }
 
+    /// Bytes of the past that it asked for and has not read.
+    pub fn replay_bytes(&self) -> usize {
+        self.outbox.replay_bytes()
+    }
+
     /// Whether the socket failed or was given up.
     pub fn has_failed(&self) -> bool {
         self.outbox.phase() == Phase::Failed
@@ -366,6 +370,10 @@ impl Subscriber for Arc<Connection> {
             self.shared.metrics.dropped(DropReason::SlowConsumer, frame.messages());
         }
         push
+    }
+
+    fn replay(&self, frames: &[Arc<Frame>]) -> Push {
+        self.outbox.replay(frames)
     }
 
     fn has_room(&self) -> bool {

@@ -5,9 +5,12 @@
 
 use std::sync::Arc;
 
+use crate::cursor::Cursor;
 use crate::frame::Frame;
+use crate::history_view::{Gap, Start};
 use crate::presence_store::{self, Event};
 use crate::protocol::{CHANNEL_BYTES_MAX, Refusal};
+use crate::publication::{self, Message};
 
 /// What a client is told about its connection, first of all.
 pub struct Welcome<'a> {
@@ -38,9 +41,13 @@ pub fn welcome(welcome: &Welcome<'_>) -> Arc<Frame> {
     ))
 }
 
-/// `{"type":"subscribed",…}`
-pub fn subscribed(id: Option<&str>, channel: &str) -> Arc<Frame> {
-    reply("subscribed", id, Some(channel))
+/// `{"type":"subscribed",…}`; on a channel with history with where the client stands.
+pub fn subscribed(id: Option<&str>, channel: &str, start: Option<&Start>) -> Arc<Frame> {
+    let mut json = begun("subscribed", id, Some(channel));
+    if let Some(start) = start {
+        json.push_str(&format!(r#","cursor":"{}","recovered":{}"#, start.cursor, start.recovered));
+    }
+    ended_object(json)
 }
 
 /// `{"type":"unsubscribed",…}`, the answer to a command.
@@ -54,8 +61,12 @@ pub fn ended(channel: &str) -> Arc<Frame> {
 }
 
 /// `{"type":"published",…}`
-pub fn published(id: &str) -> Arc<Frame> {
-    reply("published", Some(id), None)
+pub fn published(id: &str, cursor: Option<Cursor>) -> Arc<Frame> {
+    let mut json = begun("published", Some(id), None);
+    if let Some(cursor) = cursor {
+        json.push_str(&format!(r#","cursor":"{cursor}""#));
+    }
+    ended_object(json)
 }
 
 /// `{"type":"pong",…}`
@@ -63,9 +74,31 @@ pub fn pong(id: Option<&str>) -> Arc<Frame> {
     reply("pong", id, None)
 }
 
-/// `{"type":"gap","channel":…,"reason":"upstream"}`: messages of the channel may be missing before this frame.
-pub fn upstream_gap(channel: &str) -> Arc<Frame> {
-    Frame::text(&format!(r#"{{"type":"gap","channel":"{channel}","reason":"upstream"}}"#))
+/// `{"type":"gap",…}`: continuity broke before this frame.
+pub fn gap(channel: &str, gap: &Gap) -> Arc<Frame> {
+    Frame::text(&gap_json(channel, gap))
+}
+
+/// The same as part of another object.
+pub fn gap_json(channel: &str, gap: &Gap) -> String {
+    let mut json = begun("gap", None, Some(channel));
+    for (member, cursor) in [("after", gap.after), ("next", gap.next)] {
+        if let Some(cursor) = cursor {
+            json.push_str(&format!(r#","{member}":"{cursor}""#));
+        }
+    }
+    json.push_str(&format!(r#","reason":"{}"}}"#, gap.reason.as_str()));
+    json
+}
+
+/// `{"type":"event",…}` of the past: it does not count against the outbox.
+pub fn replayed(channel: &str, message: &Message<'_>) -> Arc<Frame> {
+    Frame::replay(&publication::event_json(channel, message))
+}
+
+/// `{"type":"history",…}`; `members` are those of the object, as JSON.
+pub fn history(id: Option<&str>, members: &str) -> Arc<Frame> {
+    Frame::replay(&with_members("history", id, members))
 }
 
 /// `{"type":"join",…}` or `{"type":"leave",…}` with a `user`, or the `connection_id` of one without.
@@ -83,12 +116,12 @@ pub fn presence_event(channel: &str, event: &Event) -> Arc<Frame> {
 
 /// `{"type":"presence",…}`; `members` are those of the object, as JSON.
 pub fn presence(id: Option<&str>, members: &str) -> Arc<Frame> {
-    let mut json = String::from(r#"{"type":"presence""#);
-    push_id(&mut json, id);
-    json.push(',');
-    json.push_str(members);
-    json.push('}');
-    Frame::text(&json)
+    Frame::text(&with_members("presence", id, members))
+}
+
+fn with_members(kind: &str, id: Option<&str>, members: &str) -> String {
+    let json = begun(kind, id, None);
+    format!("{json},{members}}}")
 }
 
 /// `{"type":"draining",…}`: a planned close follows.
@@ -113,6 +146,11 @@ pub fn error(id: Option<&str>, refusal: &Refusal, channel: Option<&str>) -> Arc<
 }
 
 fn reply(kind: &str, id: Option<&str>, channel: Option<&str>) -> Arc<Frame> {
+    ended_object(begun(kind, id, channel))
+}
+
+/// The first members of an object.
+fn begun(kind: &str, id: Option<&str>, channel: Option<&str>) -> String {
     let mut json = format!(r#"{{"type":"{kind}""#);
     push_id(&mut json, id);
     if let Some(channel) = channel {
@@ -120,6 +158,10 @@ fn reply(kind: &str, id: Option<&str>, channel: Option<&str>) -> Arc<Frame> {
         json.push_str(channel);
         json.push('"');
     }
+    json
+}
+
+fn ended_object(mut json: String) -> Arc<Frame> {
     json.push('}');
     Frame::text(&json)
 }

@@ -15,6 +15,9 @@ pub trait Subscriber: Clone {
     /// Queues a frame in its outbox. No I/O, no wait.
     fn push(&self, frame: &Arc<Frame>) -> Push;
 
+    /// Queues frames of the past, which do not count against its bounds.
+    fn replay(&self, frames: &[Arc<Frame>]) -> Push;
+
     /// Whether publishers that found its outbox late may go on.
     fn has_room(&self) -> bool;
 
@@ -44,6 +47,10 @@ pub struct Fanout<S> {
     pub delivered: usize,
     /// How long each walk took, for the metrics.
     pub walks_us: Vec<u64>,
+    /// Channels that were told a gap, for the metrics.
+    pub gaps: usize,
+    /// Subscriptions that could not, and that could, go on where the client stood; for the metrics.
+    pub recoveries: [usize; 2],
 }
 
 /// Frames that a task pushes before others have their turn: some 3 ms.
@@ -60,6 +67,8 @@ impl<S> Default for Fanout<S> {
             answers: Vec::new(),
             delivered: 0,
             walks_us: Vec::new(),
+            gaps: 0,
+            recoveries: [0, 0],
         }
     }
 }
@@ -81,7 +90,25 @@ impl<S: Subscriber> Fanout<S> {
     /// Pushes a frame and keeps account of the consequences. True if it was queued.
     pub fn push(&mut self, subscriber: &S, frame: &Arc<Frame>) -> bool {
         self.pushed += 1;
-        match subscriber.push(frame) {
+        self.note(subscriber, subscriber.push(frame))
+    }
+
+    /// Pushes an answer, which may be one of the past.
+    pub fn reply(&mut self, subscriber: &S, frame: &Arc<Frame>) {
+        match frame.is_replay {
+            true => self.replay(subscriber, std::slice::from_ref(frame)),
+            false => self.push(subscriber, frame),
+        };
+    }
+
+    /// Pushes frames of the past, and keeps account likewise.
+    pub fn replay(&mut self, subscriber: &S, frames: &[Arc<Frame>]) -> bool {
+        self.pushed += frames.len();
+        self.note(subscriber, subscriber.replay(frames))
+    }
+
+    fn note(&mut self, subscriber: &S, push: Push) -> bool {
+        match push {
             Push::Queued => true,
             Push::Schedule => {
                 self.schedule(subscriber.clone());

@@ -34,7 +34,9 @@ pub enum Opcode {
 #[derive(Debug)]
 pub struct Frame {
     bytes: Box<[u8]>,
-    messages: usize,
+    messages: u32,
+    /// It is of the past, and does not count against the bounds of an outbox.
+    pub is_replay: bool,
     /// When it was made, in microseconds of [`clock::now_us`].
     pub created_us: u64,
 }
@@ -64,7 +66,19 @@ impl Frame {
 
     /// A bundle of `messages` frames that are encoded already, one after another.
     pub fn bundle(bytes: Vec<u8>, messages: usize) -> Arc<Self> {
-        Arc::new(Self { bytes: bytes.into_boxed_slice(), messages, created_us: clock::now_us() })
+        Arc::new(Self::of(bytes, messages))
+    }
+
+    /// A text frame of what a client asked for from the past.
+    pub fn replay(payload: &str) -> Arc<Self> {
+        let mut bytes = Vec::new();
+        encode(&mut bytes, Opcode::Text, &[payload.as_bytes()]);
+        Arc::new(Self { is_replay: true, ..Self::of(bytes, 1) })
+    }
+
+    fn of(bytes: Vec<u8>, messages: usize) -> Self {
+        let bytes = bytes.into_boxed_slice();
+        Self { bytes, messages: messages as u32, is_replay: false, created_us: clock::now_us() }
     }
 
     /// Header and payload as they go over the wire.
@@ -84,12 +98,12 @@ impl Frame {
 
     /// How many frames it has on the wire: more than one in a bundle.
     pub fn messages(&self) -> usize {
-        self.messages
+        self.messages as usize
     }
 
     /// How many of them are not completely among the first `sent` bytes.
     pub fn messages_after(&self, sent: usize) -> usize {
-        self.messages - self.ends().take_while(|end| *end <= sent).count()
+        self.messages() - self.ends().take_while(|end| *end <= sent).count()
     }
 
     /// What has to follow once `sent` bytes are out, so that the peer has whole messages: up to the end of the
@@ -103,11 +117,12 @@ impl Frame {
         if border == sent {
             return None;
         }
-        if complete + 1 == self.messages {
+        if complete + 1 == self.messages() {
             return Some(Arc::clone(self));
         }
         let end = border + frame_len(&self.bytes[border..]);
-        Some(Arc::new(Self { bytes: self.bytes[..end].into(), messages: complete + 1, created_us: self.created_us }))
+        let bytes = self.bytes[..end].into();
+        Some(Arc::new(Self { bytes, messages: complete as u32 + 1, ..**self }))
     }
 
     /// Where its frames end.

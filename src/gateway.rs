@@ -26,7 +26,8 @@ use crate::event;
 use crate::fanout::{Fanout, Subscriber};
 use crate::frame::{Frame, Opcode};
 use crate::health::Health;
-use crate::hub::Hub;
+use crate::history_reader;
+use crate::hub::{Histories, Hub};
 use crate::lanes::Lanes;
 use crate::listen::{self, Public};
 use crate::metrics::Metrics;
@@ -45,6 +46,9 @@ const BACKLOG: u32 = 4096;
 
 /// How long peers may take to read what they have and to answer the last closes of a drain.
 const DRAIN_GRACE: Duration = Duration::from_secs(16);
+
+/// How often entries of a history in memory are looked through for those that are too old to be kept.
+const EXPIRE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// How long the last leaves of presence may hold up the end of the process.
 const PRESENCE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -93,6 +97,7 @@ impl Gateway {
         let redis = Redis::new(&config, &instance_id)?;
         let (cluster, questions) = Cluster::new(&config.redis_channel_prefix);
         let (presence, questions_of_presence) = presence(&config, redis.as_ref().map(Redis::servers));
+        let (history, questions_of_history) = history_reader::Question::queue();
         let broker = Arc::new(Broker {
             hub: match &redis {
                 Some(redis) => Hub::with_upstream(config.channel_rules.clone(), config.outbox, redis.topology()),
@@ -116,6 +121,7 @@ impl Gateway {
             health: Arc::new(Health::new(redis.is_some())),
             cluster,
             servers: redis.as_ref().map(Redis::servers),
+            history,
             publish_bytes_max: config.publish_bytes_max,
         });
         let ended = Arc::new(Ended::default());
@@ -124,6 +130,7 @@ impl Gateway {
             tasks.push(tokio::spawn(presence_writer::run(Arc::clone(&broker))));
             tasks.push(tokio::spawn(presence_reader::run(Arc::clone(&broker), questions_of_presence)));
         }
+        tasks.extend(history_tasks(&config, &broker, questions_of_history));
         if let Some(redis) = redis {
             tasks.extend(redis.start(&config, &broker)?);
             tasks.push(tokio::spawn(cluster::run(Arc::clone(&broker), questions)));
@@ -328,6 +335,25 @@ async fn sweep(shared: Arc<Shared>, liveness: Liveness) {
             connection.sweep(now_us, &ping, &liveness, &mut fanout);
         }
         shared.submit(&mut fanout);
+    }
+}
+
+/// The tasks of history, if any channel has it.
+fn history_tasks(config: &Config, broker: &Arc<Broker>, questions: history_reader::Questions) -> Vec<JoinHandle<()>> {
+    if !config.channel_rules.any_history() {
+        return Vec::new();
+    }
+    let key_prefix = config.redis_key_prefix.as_str().into();
+    let reader = history_reader::run(Arc::clone(broker), key_prefix, questions);
+    vec![tokio::spawn(reader), tokio::spawn(expire(Arc::clone(broker)))]
+}
+
+/// Has what is too old forgotten, where the history is here.
+async fn expire(broker: Arc<Broker>) {
+    let Histories::Memory(memory) = broker.hub.histories() else { return };
+    loop {
+        tokio::time::sleep(EXPIRE_INTERVAL).await;
+        memory.expire(clock::unix_ms(clock::now_us()));
     }
 }
 

@@ -12,12 +12,15 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::bundle::Gathering;
-use crate::channel::{Channel, Join, Ticket};
+use crate::channel::{Channel, Join, Nature, Past, Wish};
 use crate::fanout::{Fanout, Subscriber};
+use crate::following::Followings;
 use crate::frame::Frame;
+use crate::history_memory::Memory;
 use crate::outbox::Limits;
-use crate::publication::Payload;
+use crate::publication::Message;
 use crate::rules::ChannelRules;
+use crate::ticket::Ticket;
 use crate::topology::Topology;
 use crate::upstream::Upstream;
 
@@ -32,7 +35,17 @@ pub struct Hub<S> {
     outbox: Limits,
     /// The gateway drains: publications do not wait for others any more.
     is_draining: AtomicBool,
+    histories: Histories,
     upstream: Option<Upstreams<S>>,
+}
+
+/// The pasts of channels that have history.
+#[derive(Debug)]
+pub enum Histories {
+    /// All of it.
+    Memory(Memory),
+    /// What is known of them at Redis.
+    Redis(Followings),
 }
 
 /// The Redis servers, as far as the hub knows them: where a channel lives, and what has changed for each.
@@ -65,18 +78,37 @@ impl<S: Subscriber> Hub<S> {
 
     fn new(rules: ChannelRules, outbox: Limits, upstream: Option<Upstreams<S>>) -> Arc<Self> {
         let channels = DashMap::with_hasher_and_shard_amount(foldhash::quality::RandomState::default(), SHARDS);
-        Arc::new(Self { channels, rules, outbox, is_draining: AtomicBool::new(false), upstream })
+        let histories = match upstream {
+            Some(_) => Histories::Redis(Followings::default()),
+            None => Histories::Memory(Memory::default()),
+        };
+        Arc::new(Self { channels, rules, outbox, is_draining: AtomicBool::new(false), histories, upstream })
     }
 
     /// Puts a publication in the order of its channel, if anybody is in it. What has to be delivered for that is
     /// in `fanout`.
-    pub fn gather(&self, channel: &str, payload: Payload<'_>, fanout: &mut Fanout<S>) {
+    pub fn gather(&self, channel: &str, message: Message<'_>, fanout: &mut Fanout<S>) {
         if let Some(channel) = self.channel(channel) {
-            channel.gather(payload, fanout);
-            if self.is_draining.load(Ordering::Acquire) {
-                channel.deliver(fanout);
-            }
+            channel.gather(message, fanout);
+            self.hurry(&channel, fanout);
         }
+    }
+
+    /// During a drain nothing waits.
+    pub fn hurry(&self, channel: &Channel<S>, fanout: &mut Fanout<S>) {
+        if self.is_draining.load(Ordering::Acquire) {
+            channel.deliver(fanout);
+        }
+    }
+
+    /// The pasts of channels that have history.
+    pub fn histories(&self) -> &Histories {
+        &self.histories
+    }
+
+    /// The rules of channels.
+    pub fn rules(&self) -> &ChannelRules {
+        &self.rules
     }
 
     /// Delivers what waits in channels that coalesce.
@@ -122,12 +154,12 @@ impl<S: Subscriber> Hub<S> {
         &self,
         name: &str,
         subscriber: &S,
-        reply: Option<&Arc<Frame>>,
+        wish: Option<Wish<'_>>,
         fanout: &mut Fanout<S>,
     ) -> (Arc<Channel<S>>, Ticket) {
         loop {
             let channel = self.channel(name).unwrap_or_else(|| self.create(name));
-            if let Join::Done(ticket, needs_upstream) = channel.join(subscriber, reply, fanout) {
+            if let Join::Done(ticket, needs_upstream) = channel.join(subscriber, wish, fanout) {
                 if needs_upstream {
                     self.list(&channel);
                 }
@@ -159,12 +191,11 @@ impl<S: Subscriber> Hub<S> {
         });
     }
 
-    /// Redis confirmed a SUBSCRIBE. True if members were told a gap.
-    pub fn confirm_subscribe(&self, channel: &Arc<Channel<S>>, fanout: &mut Fanout<S>) -> bool {
-        let had_gap = channel.confirm_subscribe(fanout);
+    /// Redis confirmed a SUBSCRIBE.
+    pub fn confirm_subscribe(&self, channel: &Arc<Channel<S>>, fanout: &mut Fanout<S>) {
+        channel.confirm_subscribe(fanout);
         // Everybody may have left meanwhile.
         self.list(channel);
-        had_gap
     }
 
     /// Redis confirmed an UNSUBSCRIBE, or ended the subscription itself.
@@ -243,10 +274,25 @@ impl<S: Subscriber> Hub<S> {
 
     fn create(&self, name: &str) -> Arc<Channel<S>> {
         let upstream = if self.upstream.is_some() { Upstream::Absent } else { Upstream::Live };
-        let gathering = Gathering::new(self.rules.coalesce(name), &self.outbox);
-        let channel = Arc::new(Channel::new(name, upstream, gathering, self.rules.presence(name)));
+        let channel = Arc::new(Channel::new(name, upstream, self.nature(name)));
         let key = channel.shared_name();
         Arc::clone(&self.channels.entry(key).or_insert(channel))
+    }
+}
+
+impl<S: Subscriber> Hub<S> {
+    fn nature(&self, name: &str) -> Nature {
+        let is_cached = self.rules.cache(name);
+        let past = self.rules.history(name).map(|retention| match &self.histories {
+            Histories::Memory(memory) => Past::Memory(memory.past(name, &retention)),
+            Histories::Redis(followings) => Past::Redis(followings.following(name, &retention, is_cached)),
+        });
+        Nature {
+            gathering: Gathering::new(self.rules.coalesce(name), &self.outbox),
+            has_presence: self.rules.presence(name),
+            is_cached,
+            past,
+        }
     }
 }
 
@@ -286,21 +332,21 @@ impl<S: Subscriber> Subscriptions<S> {
         self.position(name).is_some()
     }
 
-    /// Subscribes; `reply` is pushed when the channel is live, before its first publication.
-    /// A repeated subscribe is answered and changes nothing. False: too many repeats wait already.
-    pub fn subscribe(&mut self, name: &str, reply: Option<&Arc<Frame>>, fanout: &mut Fanout<S>) -> bool {
-        match (self.position(name), reply) {
-            (Some(at), Some(reply)) => {
+    /// Subscribes; the wish is answered when the channel is live, before its first publication. Without one there is no
+    /// reply. A repeated subscribe is answered and changes nothing. False: too many repeats wait already.
+    pub fn subscribe(&mut self, name: &str, wish: Option<Wish<'_>>, fanout: &mut Fanout<S>) -> bool {
+        match (self.position(name), wish) {
+            (Some(at), Some(wish)) => {
                 let (channel, ticket) = &self.joined[at];
-                channel.repeat(ticket, &self.subscriber, reply, fanout)
+                channel.repeat(ticket, &self.subscriber, wish, fanout)
             }
             (Some(_), None) => true,
-            (None, reply) => {
+            (None, wish) => {
                 if self.joined.is_empty() {
                     // Most connections have one subscription: no spare capacity for them.
                     self.joined.reserve_exact(1);
                 }
-                self.joined.push(self.hub.join(name, &self.subscriber, reply, fanout));
+                self.joined.push(self.hub.join(name, &self.subscriber, wish, fanout));
                 true
             }
         }

@@ -20,6 +20,12 @@
 //! `presence_store` in memory, or `presence_redis` (scripts, which publish) → `multiplexer` → `channel`, in its order.
 //! Whoever asks who is here is answered by `presence_reader`.
 //!
+//! # Continuity of a channel with history
+//! Without Redis: `history_memory` keeps the chains of `history_store`, and `channel_past` lets in who joins.
+//! With it: `publisher` → `history_redis` (scripts, which publish) → `multiplexer` → `following`, which guards `continuity`
+//! and carries out what that asks for: it tells `channel`, lets in who waited, and has `repair` read at Redis.
+//! `history_view` says what is told of a read; `replay` encodes it once.
+//!
 //! # Where a channel is at Redis
 //! `topology` says which server and by which name; `servers` has the way to each. `redis_tasks` starts a `multiplexer` and a
 //! `publisher` for each; where the servers change, `redis_sentinel` or `redis_cluster` looks for them and `redis_link` follows.
@@ -27,8 +33,8 @@
 //! # Invariants
 //! 1. Hub, channel, outbox, protocol, event and websocket do no I/O; hub and protocol never await.
 //! 2. After the upgrade a socket is written only by whoever holds its outbox's write right; only
-//!    `multiplexer`, `publisher`, `inbox`, `registry`, `commands`, `presence_redis` (through it `presence_writer`) and the
-//!    `redis_*` modules know Redis; only `config` reads the environment.
+//!    `multiplexer`, `publisher`, `inbox`, `registry`, `commands`, `presence_redis` (through it `presence_writer`),
+//!    `history_redis` and the `redis_*` modules know Redis; only `config` reads the environment.
 //! 3. Every queue has a bound and a named policy when full.
 //! 4. A publication is encoded once per wire format, however many subscribers it has.
 //! 5. One order per channel: a publication's walk, joins and leaves run whole under the channel's lock.
@@ -42,6 +48,7 @@ pub mod config;
 pub mod gateway;
 pub mod listen;
 
+pub mod ending;
 pub mod handshake;
 pub mod session;
 pub mod websocket;
@@ -53,16 +60,20 @@ pub mod rules;
 pub mod admin;
 pub mod answer;
 pub mod api;
+pub mod asker;
 pub mod broker;
 pub mod bundle;
 pub mod health;
 pub mod publication;
 
 pub mod channel;
+pub mod channel_past;
 pub mod fanout;
 pub mod hub;
 pub mod members;
+pub mod ticket;
 
+pub mod backlog;
 pub mod close;
 pub mod connection;
 pub mod frame;
@@ -86,6 +97,17 @@ pub mod registry;
 pub mod servers;
 pub mod topology;
 pub mod upstream;
+
+pub mod continuity;
+pub mod cursor;
+pub mod following;
+pub mod history_memory;
+pub mod history_reader;
+pub mod history_redis;
+pub mod history_store;
+pub mod history_view;
+pub mod repair;
+pub mod replay;
 
 pub mod presence;
 pub mod presence_reader;

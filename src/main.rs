@@ -20,6 +20,9 @@ struct Options {
     /// Print the effective configuration, secrets masked, and end
     #[arg(long)]
     print_config: bool,
+    /// Print the script by which backends publish to channels with history at Redis, and end
+    #[arg(long)]
+    print_publish_script: bool,
     /// Serve /echo for WebSocket conformance tests
     #[arg(long)]
     echo: bool,
@@ -27,6 +30,10 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    if options.print_publish_script {
+        say(hubcast::history_redis::publish_script().trim());
+        return ExitCode::SUCCESS;
+    }
     let mut config = match Config::from_process_env() {
         Ok(config) => config,
         Err(error) => return refuse(&error.to_string()),

@@ -12,6 +12,7 @@ use prometheus_client::registry::Registry;
 
 use crate::clock;
 use crate::close::CloseReason;
+use crate::fanout::Fanout;
 use crate::sharded::{Count, Histogram};
 use crate::writer::Writer;
 
@@ -112,6 +113,11 @@ pub struct Metrics {
     pub resubscribes: Count,
     /// Channels whose subscribers were told a gap.
     pub gaps: Count,
+    recoveries: Labelled<2>,
+    /// Reads of streams and positions that continuity asked of Redis.
+    pub history_reads: Count,
+    /// Break markers written: losses inside Redis that this instance noticed first.
+    pub history_breaks: Count,
     /// Joins and leaves that channels were told.
     pub presence_events: Count,
     /// Microseconds the last probe took through Redis and back.
@@ -180,11 +186,10 @@ impl Default for Metrics {
             ),
             resubscribes: register(r, "redis_resubscribes", "Channels subscribed again after a reconnect"),
             gaps: register(r, "gaps", "Channels whose subscribers were told a gap"),
-            presence_events: register(
-                r,
-                "presence_events",
-                "Joins and leaves that channels of this instance were told",
-            ),
+            recoveries: recoveries(r),
+            history_reads: register(r, "history_reads", "Reads of a channel's stream or position for its continuity"),
+            history_breaks: register(r, "history_breaks", "Losses inside Redis that this instance marked in a stream"),
+            presence_events: register(r, "presence_events", "Joins and leaves that channels were told"),
             probe_lag_us: register(r, "redis_probe_lag_microseconds", "How long the last probe took through Redis"),
             registry,
         }
@@ -205,6 +210,16 @@ impl Metrics {
     /// Counts a publication that came in.
     pub fn publication(&self, source: Source) {
         self.publications[source as usize].inc();
+    }
+
+    /// Counts what a fan-out did and resets it.
+    pub fn fanned_out<S>(&self, fanout: &mut Fanout<S>) {
+        self.deliveries.inc_by(std::mem::take(&mut fanout.delivered) as u64);
+        self.gaps.inc_by(std::mem::take(&mut fanout.gaps) as u64);
+        for (counter, number) in self.recoveries.iter().zip(&mut fanout.recoveries) {
+            counter.inc_by(std::mem::take(number) as u64);
+        }
+        fanout.walks_us.drain(..).for_each(|walk_us| self.fanout.observe_us(walk_us));
     }
 
     /// Counts drops.
@@ -270,6 +285,11 @@ fn labelled<const N: usize>(
 fn dropped(registry: &mut Registry) -> Labelled<5> {
     let reasons = ["slow_consumer", "connection_lost", "redis_queue_full", "redis_too_large", "presence_unreadable"];
     labelled(registry, "dropped", "Frames and messages dropped, by reason", "reason", reasons)
+}
+
+fn recoveries(registry: &mut Registry) -> Labelled<2> {
+    let help = "Subscriptions with a cursor to go on from, by whether nothing was missing";
+    labelled(registry, "recoveries", help, "recovered", ["false", "true"])
 }
 
 fn links(registry: &mut Registry) -> [Gauge; 3] {

@@ -24,8 +24,7 @@ use crate::connection::Connection;
 use crate::control::{self, Control, Probe, Probing};
 use crate::fanout::Fanout;
 use crate::inbox::{Arrival, Inbox};
-use crate::metrics::{Drop as DropReason, Link, Source};
-use crate::publication::Payload;
+use crate::metrics::{Drop as DropReason, Link};
 use crate::redis_link::{self, Backoff, Endpoint, is_about_slots};
 use crate::servers::Servers;
 use crate::upstream::Step;
@@ -276,7 +275,7 @@ impl<'a> Turn<'a> {
         self.broker.shared.metrics.dropped(DropReason::RedisQueueFull, self.inbox.take_dropped_count());
         for name in self.inbox.take_dropped() {
             if let Some(channel) = self.channel(&name) {
-                self.tell_gap(&channel, &mut fanout);
+                channel.miss(&mut fanout);
             }
         }
         self.broker.settle(&mut fanout).await;
@@ -291,24 +290,18 @@ impl<'a> Turn<'a> {
             }
             Arrival::Message { channel, payload, after_gap } => {
                 let Some(name) = self.context.servers.topology.channel_name(&channel) else { return };
-                if after_gap && let Some(channel) = self.broker.hub.channel(name) {
-                    self.tell_gap(&channel, fanout);
+                let Some(hub_channel) = self.broker.hub.channel(name) else { return };
+                if after_gap {
+                    hub_channel.miss(fanout);
                 }
                 if self.broker.tell_presence(name, &payload, fanout) {
                     return;
                 }
-                if payload.len() <= self.broker.publish_bytes_max {
-                    self.broker.gather(name, Payload::Unchecked(&payload), Source::Redis, fanout);
-                } else if let Some(channel) = self.broker.hub.channel(name) {
-                    self.broker.shared.metrics.dropped(DropReason::RedisTooLarge, 1);
-                    self.tell_gap(&channel, fanout);
-                }
+                self.broker.take(&hub_channel, &payload.into(), fanout);
             }
             Arrival::Subscribed(name) => {
-                if let Some(channel) = self.own_channel(&name)
-                    && self.broker.hub.confirm_subscribe(&channel, fanout)
-                {
-                    self.broker.shared.metrics.gaps.inc();
+                if let Some(channel) = self.own_channel(&name) {
+                    self.broker.hub.confirm_subscribe(&channel, fanout);
                 }
             }
             Arrival::Unsubscribed(name) => {
@@ -317,11 +310,6 @@ impl<'a> Turn<'a> {
                 }
             }
         }
-    }
-
-    fn tell_gap(&self, channel: &Channel<Arc<Connection>>, fanout: &mut Fanout<Arc<Connection>>) {
-        channel.tell_gap(fanout);
-        self.broker.shared.metrics.gaps.inc();
     }
 
     /// The channel that this server confirms something about.

@@ -11,12 +11,12 @@
 //! refused one holds publishers up as well, so that a burst closes nobody who reads, but only for
 //! [`STALL_US_MAX`] without progress and for [`HOLD_US_MAX`] in all; then it is slow, and closed.
 
-use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use crate::backlog::Backlog;
 use crate::frame::Frame;
 use crate::writer::{Batch, Transport, WRITE_FRAMES_MAX, Writer};
 
@@ -119,6 +119,11 @@ impl<L: Lock<State>> Outbox<L> {
         self.state.with(|state| state.push(frame, limits))
     }
 
+    /// Queues frames of the past, which do not count against the bounds: whoever asks for it bounds it.
+    pub fn replay(&self, frames: &[Arc<Frame>]) -> Push {
+        self.state.with(|state| state.replay(frames))
+    }
+
     /// Requests a ping frame at the next frame border. True: the caller has the write right now.
     pub fn ping(&self, frame: Arc<Frame>) -> bool {
         self.state.with(|state| state.control(|slots| slots.ping = Some(frame)))
@@ -191,20 +196,22 @@ impl<L: Lock<State>> Outbox<L> {
 
     /// Messages and bytes that wait.
     pub fn depth(&self) -> (usize, usize) {
-        self.state.with(|state| (state.messages, state.bytes))
+        self.state.with(|state| {
+            let load = state.queue.load();
+            (load.messages, load.bytes)
+        })
+    }
+
+    /// Bytes of the past that wait.
+    pub fn replay_bytes(&self) -> usize {
+        self.state.with(|state| state.queue.replay_bytes())
     }
 }
 
 /// What the lock of an outbox guards.
 #[derive(Debug)]
 pub struct State {
-    queue: VecDeque<Arc<Frame>>,
-    /// Messages of `queue`: a bundle has several.
-    messages: usize,
-    /// Unsent bytes of `queue`.
-    bytes: usize,
-    /// Bytes of the first frame that are sent already.
-    head_sent: usize,
+    queue: Backlog,
     phase: Phase,
     /// A close frame is queued; nothing follows it.
     closing: bool,
@@ -218,6 +225,8 @@ pub struct State {
     refused_us: u64,
     /// Last time the socket took bytes since then.
     progress_us: u64,
+    /// Last time it was written with frames of the past in it.
+    replayed_us: u64,
     /// Publishers were told that it is late, and it has had no room since.
     is_awaited: bool,
     /// Since when it is full and holds publishers up (0: it does not).
@@ -236,10 +245,7 @@ struct Slots {
 impl Default for State {
     fn default() -> Self {
         Self {
-            queue: VecDeque::new(),
-            messages: 0,
-            bytes: 0,
-            head_sent: 0,
+            queue: Backlog::default(),
             phase: Phase::Idle,
             closing: false,
             discarding: false,
@@ -247,6 +253,7 @@ impl Default for State {
             slots: None,
             refused_us: 0,
             progress_us: 0,
+            replayed_us: 0,
             is_awaited: false,
             full_us: 0,
             held_us: 0,
@@ -261,15 +268,16 @@ impl State {
             return Push::Closed;
         }
         // An empty outbox takes any one frame.
-        let is_full = !self.queue.is_empty()
-            && (self.messages + frame.messages() > limits.messages || self.bytes + frame.len() > limits.bytes);
+        let load = self.queue.counted();
+        let is_full = load.messages > 0
+            && (load.messages + frame.messages() > limits.messages || load.bytes + frame.len() > limits.bytes);
         if is_full && self.phase == Phase::Blocked {
             self.hold(frame.created_us);
             if self.is_slow(frame.created_us) {
                 return Push::Slow;
             }
         }
-        self.enqueue(Arc::clone(frame));
+        self.queue.push(Arc::clone(frame));
         self.is_awaited |= is_full;
         if is_full {
             Push::Late
@@ -280,10 +288,12 @@ impl State {
         }
     }
 
-    fn enqueue(&mut self, frame: Arc<Frame>) {
-        self.messages += frame.messages();
-        self.bytes += frame.len();
-        self.queue.push_back(frame);
+    fn replay(&mut self, frames: &[Arc<Frame>]) -> Push {
+        if self.is_closing() {
+            return Push::Closed;
+        }
+        frames.iter().for_each(|frame| self.queue.push(Arc::clone(frame)));
+        if self.claim() { Push::Schedule } else { Push::Queued }
     }
 
     fn is_closing(&self) -> bool {
@@ -314,33 +324,12 @@ impl State {
         self.closing = true;
         self.discarding = !keep_queue;
         self.slots = None;
-        let dropped = if self.discarding { self.discard_after_begun() } else { 0 };
-        self.enqueue(frame);
+        let dropped = if self.discarding { self.queue.keep_begun() } else { 0 };
+        self.queue.push(frame);
         if self.phase == Phase::Idle {
             self.phase = Phase::Blocked;
         }
         dropped
-    }
-
-    /// Drops all messages but the one of which a part is sent; returns how many.
-    fn discard_after_begun(&mut self) -> usize {
-        let before = self.messages - self.head_complete();
-        let begun = self.queue.front().and_then(|head| head.begun(self.head_sent));
-        self.queue.clear();
-        (self.messages, self.bytes) = (0, 0);
-        match begun {
-            Some(begun) => {
-                self.enqueue(begun);
-                self.bytes -= self.head_sent;
-            }
-            None => self.head_sent = 0,
-        }
-        before - (self.messages - self.head_complete())
-    }
-
-    /// Messages of the first frame that are sent completely.
-    fn head_complete(&self) -> usize {
-        self.queue.front().map_or(0, |head| head.messages() - head.messages_after(self.head_sent))
     }
 
     /// Moves what is pending into `batch`, or gives the write right back and says how it ended.
@@ -357,22 +346,18 @@ impl State {
         self.was_deep |= self.queue.len() > IDLE_CAPACITY_MAX;
         batch.clear();
         batch.has_close = self.closing;
-        batch.head_sent = std::mem::take(&mut self.head_sent);
-        let slots = self.slots.take();
-        if batch.head_sent > 0 {
-            batch.frames.extend(self.queue.pop_front());
+        if self.queue.replay_bytes() > 0 {
+            self.replayed_us = now_us;
         }
-        if let Some(slots) = slots {
+        let (begun, head_sent) = self.queue.take_begun();
+        batch.head_sent = head_sent;
+        batch.frames.extend(begun);
+        if let Some(slots) = self.slots.take() {
             batch.frames.extend(slots.pongs);
             batch.frames.extend(slots.ping);
         }
         let room = WRITE_FRAMES_MAX - batch.frames.len();
-        batch.frames.extend(self.queue.drain(..room.min(self.queue.len())));
-        (self.messages, self.bytes) = (0, 0);
-        for frame in &self.queue {
-            self.messages += frame.messages();
-            self.bytes += frame.len();
-        }
+        batch.frames.extend(self.queue.take(room));
         None
     }
 
@@ -386,13 +371,7 @@ impl State {
         }
         // A close without the queue may have come during the write: then only what was begun goes before it.
         let dropped = if self.discarding && !batch.has_close { batch.keep_begun() } else { 0 };
-        for frame in batch.unsent().iter().rev() {
-            self.messages += frame.messages();
-            self.bytes += frame.len();
-            self.queue.push_front(Arc::clone(frame));
-        }
-        self.head_sent = batch.head_sent;
-        self.bytes -= self.head_sent;
+        self.queue.put_back(batch.unsent(), batch.head_sent);
         if self.refused_us == 0 {
             self.refused_us = now_us;
             self.progress_us = now_us;
@@ -419,10 +398,10 @@ impl State {
 
     fn fail(&mut self) -> usize {
         // The close frame is nothing that anybody published.
-        let dropped = self.messages - self.head_complete() - usize::from(self.closing && !self.queue.is_empty());
+        let closes = usize::from(self.closing && !self.queue.is_empty());
+        let dropped = self.queue.load().messages - self.queue.head_complete() - closes;
         self.phase = Phase::Failed;
-        self.queue = VecDeque::new();
-        (self.messages, self.bytes) = (0, 0);
+        self.queue = Backlog::default();
         self.slots = None;
         dropped
     }
@@ -455,14 +434,19 @@ impl State {
     }
 
     fn is_at_most_half(&self, limits: &Limits) -> bool {
-        self.queue.len() <= limits.messages / 2 && self.bytes <= limits.bytes / 2
+        self.queue.counted_frames() <= limits.messages / 2 && self.queue.counted().bytes <= limits.bytes / 2
     }
 
     fn is_overdue(&self, now_us: u64, age_us_max: u64) -> bool {
-        let Some(head) = self.queue.front() else { return false };
+        let Some((head, _)) = self.queue.head() else { return false };
         if self.phase != Phase::Blocked || self.closing || self.refused_us == 0 {
             return false;
         }
-        self.is_slow(now_us) || now_us.saturating_sub(self.refused_us.max(head.created_us)) > age_us_max
+        let waits_since_us = match head.is_replay {
+            // Whoever comes back has much to read: that takes its time as long as it gets on.
+            true => self.progress_us,
+            false => self.refused_us.max(head.created_us).max(self.replayed_us),
+        };
+        self.is_slow(now_us) || now_us.saturating_sub(waits_since_us) > age_us_max
     }
 }

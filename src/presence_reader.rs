@@ -11,14 +11,13 @@ use base64::Engine as _;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use serde::Serialize;
 use serde_json::json;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::warn;
 
+use crate::asker::{self, Answer, Asker};
 use crate::broker::Broker;
-use crate::connection::Connection;
 use crate::event;
-use crate::fanout::Fanout;
 use crate::presence::Store;
 use crate::presence_store::{Member, Page};
 use crate::protocol::{ErrorCode, Refusal};
@@ -46,18 +45,6 @@ struct Subject {
     after: Option<Member>,
     limit: usize,
 }
-
-/// Who asks.
-#[derive(Debug)]
-pub enum Asker {
-    /// A client, with its command's id.
-    Socket(Arc<Connection>, Option<Box<str>>),
-    /// An HTTP request.
-    Http(oneshot::Sender<Answer>),
-}
-
-/// The members of a JSON object, without its braces; or why there are none.
-pub type Answer = Result<Arc<str>, Refusal>;
 
 impl Question {
     /// A question for a page of a channel.
@@ -110,7 +97,7 @@ pub async fn run(broker: Arc<Broker>, mut questions: Questions) {
         }
         while let Some(done) = running.join_next().await {
             if let Ok((askers, answer)) = done {
-                reply(&broker, askers, &answer);
+                asker::reply(&broker, askers, &answer, event::presence);
             }
         }
     }
@@ -151,25 +138,4 @@ fn body(channel: &str, page: &Page, next: Option<&str>) -> String {
         members.join(","),
         json!(next)
     )
-}
-
-/// Sends an answer to all who asked, with one flush.
-fn reply(broker: &Broker, askers: Vec<Asker>, answer: &Answer) {
-    let mut fanout = Fanout::default();
-    for asker in askers {
-        match asker {
-            // An asker that is gone needs no answer.
-            Asker::Http(sender) => drop(sender.send(answer.clone())),
-            Asker::Socket(connection, id) => {
-                let frame = match answer {
-                    Ok(body) => event::presence(id.as_deref(), body),
-                    Err(refusal) => event::error(id.as_deref(), refusal, None),
-                };
-                fanout.push(&connection, &frame);
-            }
-        }
-    }
-    // As with publishes: late askers are not waited for, the queue bounds what they have outstanding.
-    broker.shared.lanes.submit(&mut fanout);
-    broker.shared.lanes.made_progress();
 }

@@ -9,6 +9,9 @@ use std::borrow::Cow;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use crate::cursor::Cursor;
+use crate::history_view::{PAGE_EVENTS, PAGE_EVENTS_MAX, Range};
+
 /// The subprotocol name of the JSON protocol.
 pub const SUBPROTOCOL: &str = "hubcast.v1";
 
@@ -147,12 +150,30 @@ pub enum Command<'a> {
         /// Where to go on: the `page` of an answer.
         page: Option<Cow<'a, str>>,
     },
+    /// What was published to a channel?
+    History {
+        /// The channel's name, valid.
+        channel: Cow<'a, str>,
+        /// Which part.
+        range: Range,
+        /// Most events of the answer.
+        limit: usize,
+    },
     /// Answered by `pong`.
     Ping,
 }
 
-/// One channel of a batch: its name, or the name as given and what is wrong with it.
-pub type Target<'a> = Result<Cow<'a, str>, (Cow<'a, str>, Refusal)>;
+/// One channel of a batch, or its name as given and what is wrong with it.
+pub type Target<'a> = Result<Wanted<'a>, (Cow<'a, str>, Refusal)>;
+
+/// A channel that is to be joined or left.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Wanted<'a> {
+    /// Its name, valid.
+    pub channel: Cow<'a, str>,
+    /// Where the client stands. A text that no cursor of ours can be stands nowhere.
+    pub after: Option<Cursor>,
+}
 
 /// Reads one text frame and hands each of its commands to `handle`, in order.
 pub fn parse<'a>(text: &'a str, mut handle: impl FnMut(Request<'a>)) {
@@ -200,6 +221,10 @@ struct Members<'a> {
     channels: Option<&'a RawValue>,
     #[serde(borrow, default, deserialize_with = "present")]
     data: Option<&'a RawValue>,
+    #[serde(borrow, default, deserialize_with = "present")]
+    after: Option<&'a RawValue>,
+    #[serde(borrow, default, deserialize_with = "present")]
+    before: Option<&'a RawValue>,
     #[serde(borrow)]
     limit: Option<&'a RawValue>,
     #[serde(borrow)]
@@ -233,20 +258,22 @@ fn command<'a>(members: &Members<'a>) -> Result<Command<'a>, Refusal> {
         "subscribe" => targets(members).map(Command::Subscribe),
         "unsubscribe" => targets(members).map(Command::Unsubscribe),
         "publish" => {
-            let channel = members.channel.ok_or_else(|| Refusal::bad_request("channel is missing"))?;
+            let channel = one_channel(members)?;
             let data = members.data.ok_or_else(|| Refusal::bad_request("data is missing"))?;
-            let channel = raw_target(channel).map_err(|(_, refusal)| refusal)?;
             Ok(Command::Publish { channel, data: data.get() })
         }
         "presence" => {
-            let channel = members.channel.ok_or_else(|| Refusal::bad_request("channel is missing"))?;
-            let channel = raw_target(channel).map_err(|(_, refusal)| refusal)?;
+            let channel = one_channel(members)?;
             let limit = members.limit.map_or("", RawValue::get);
-            let page = match members.page {
-                None => None,
-                Some(page) => Some(string(page).ok_or_else(|| Refusal::bad_request("page is a string"))?),
-            };
+            let page = text(members.page, "page is a string")?;
             Ok(Command::Presence { channel, limit: presence_limit(limit)?, page })
+        }
+        "history" => {
+            let channel = one_channel(members)?;
+            let after = text(members.after, "after is a cursor")?;
+            let before = text(members.before, "before is a cursor")?;
+            let limit = history_limit(members.limit.map_or("", RawValue::get))?;
+            Ok(Command::History { channel, range: history_range(after.as_deref(), before.as_deref())?, limit })
         }
         "ping" => Ok(Command::Ping),
         _ => Err(Refusal::new(ErrorCode::UnknownType, "this type is not known")),
@@ -265,9 +292,44 @@ pub fn presence_limit(text: &str) -> Result<usize, Refusal> {
     }
 }
 
+/// Which part of a history is asked for: after a cursor, before one, or the newest.
+///
+/// # Errors
+/// `bad_request`
+pub fn history_range(after: Option<&str>, before: Option<&str>) -> Result<Range, Refusal> {
+    let cursor = |text, what: &'static str| Cursor::parse(text).ok_or_else(|| Refusal::bad_request(what));
+    match (after, before) {
+        (None, None) => Ok(Range::Newest),
+        (Some(after), None) => cursor(after, "after is not a cursor").map(Range::After),
+        (None, Some(before)) => cursor(before, "before is not a cursor").map(Range::Before),
+        (Some(_), Some(_)) => Err(Refusal::bad_request("either after or before, not both")),
+    }
+}
+
+/// How many events an answer of history has; 100 where nothing is said.
+///
+/// # Errors
+/// `bad_request`
+pub fn history_limit(text: &str) -> Result<usize, Refusal> {
+    match text.parse() {
+        _ if text.is_empty() => Ok(PAGE_EVENTS),
+        Ok(limit @ 1..=PAGE_EVENTS_MAX) => Ok(limit),
+        _ => Err(Refusal::bad_request(format!("limit is 1 to {PAGE_EVENTS_MAX}"))),
+    }
+}
+
+fn one_channel<'a>(members: &Members<'a>) -> Result<Cow<'a, str>, Refusal> {
+    let channel = members.channel.ok_or_else(|| Refusal::bad_request("channel is missing"))?;
+    raw_target(channel, None).map(|wanted| wanted.channel).map_err(|(_, refusal)| refusal)
+}
+
+fn text<'a>(raw: Option<&'a RawValue>, what: &'static str) -> Result<Option<Cow<'a, str>>, Refusal> {
+    raw.map(|raw| string(raw).ok_or_else(|| Refusal::bad_request(what))).transpose()
+}
+
 fn targets<'a>(members: &Members<'a>) -> Result<Vec<Target<'a>>, Refusal> {
     match (members.channel, members.channels) {
-        (Some(channel), None) => Ok(vec![raw_target(channel)]),
+        (Some(channel), None) => Ok(vec![raw_target(channel, members.after)]),
         (None, Some(channels)) => {
             let channels = serde_json::from_str::<Vec<&RawValue>>(channels.get())
                 .map_err(|_| Refusal::bad_request("channels must be an array"))?;
@@ -283,30 +345,36 @@ fn targets<'a>(members: &Members<'a>) -> Result<Vec<Target<'a>>, Refusal> {
 /// A name, or an object with one. What else the object has is for features that are not on here.
 fn batch_element(element: &RawValue) -> Target<'_> {
     if !element.get().starts_with('{') {
-        return raw_target(element);
+        return raw_target(element, None);
     }
     #[derive(Deserialize)]
     struct Element<'a> {
         #[serde(borrow)]
         channel: &'a RawValue,
+        #[serde(borrow, default, deserialize_with = "present")]
+        after: Option<&'a RawValue>,
     }
     match serde_json::from_str::<Element<'_>>(element.get()) {
-        Ok(element) => raw_target(element.channel),
+        Ok(element) => raw_target(element.channel, element.after),
         Err(_) => Err((Cow::Borrowed(""), Refusal::bad_request("channel is missing"))),
     }
 }
 
-fn raw_target(raw: &RawValue) -> Target<'_> {
-    match string(raw) {
-        Some(name) => target(name),
-        None => Err((Cow::Borrowed(""), Refusal::bad_request("a channel is a string"))),
+fn raw_target<'a>(raw: &'a RawValue, after: Option<&'a RawValue>) -> Target<'a> {
+    let Some(name) = string(raw) else {
+        return Err((Cow::Borrowed(""), Refusal::bad_request("a channel is a string")));
+    };
+    let wanted = target(name)?;
+    match text(after, "after is a cursor") {
+        Ok(after) => Ok(Wanted { after: after.and_then(|after| Cursor::parse(&after)), ..wanted }),
+        Err(refusal) => Err((wanted.channel, refusal)),
     }
 }
 
 /// A channel by the name that somebody gave.
 pub fn target(name: Cow<'_, str>) -> Target<'_> {
     match check_channel_name(&name) {
-        Ok(()) => Ok(name),
+        Ok(()) => Ok(Wanted { channel: name, after: None }),
         Err(refusal) => Err((name, refusal)),
     }
 }

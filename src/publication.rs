@@ -7,6 +7,7 @@ use std::sync::Arc;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 
+use crate::cursor::Cursor;
 use crate::event;
 use crate::frame::{self, Frame, Opcode};
 
@@ -38,18 +39,34 @@ impl<'a> Payload<'a> {
     }
 }
 
+/// What is published at once, with its place in the channel's chain where that has one.
+#[derive(Clone, Copy, Debug)]
+pub struct Message<'a> {
+    /// The published bytes.
+    pub payload: Payload<'a>,
+    /// Where a client stands that has it; on channels with history.
+    pub cursor: Option<Cursor>,
+}
+
+impl<'a> From<Payload<'a>> for Message<'a> {
+    /// Outside of any chain.
+    fn from(payload: Payload<'a>) -> Self {
+        Self { payload, cursor: None }
+    }
+}
+
 /// One message to one channel, or several that arrived together and are pushed as a bundle.
 pub struct Publication<'a> {
     channel: &'a str,
-    payloads: &'a [Payload<'a>],
+    messages: &'a [Message<'a>],
     json: OnceCell<Arc<Frame>>,
     raw: OnceCell<Arc<Frame>>,
 }
 
 impl<'a> Publication<'a> {
-    /// A publication of `payloads` to `channel`, a valid name.
-    pub fn new(channel: &'a str, payloads: &'a [Payload<'a>]) -> Self {
-        Self { channel, payloads, json: OnceCell::new(), raw: OnceCell::new() }
+    /// A publication of `messages` to `channel`, a valid name.
+    pub fn new(channel: &'a str, messages: &'a [Message<'a>]) -> Self {
+        Self { channel, messages, json: OnceCell::new(), raw: OnceCell::new() }
     }
 
     /// The channel's name.
@@ -59,7 +76,7 @@ impl<'a> Publication<'a> {
 
     /// How many messages it has.
     pub fn messages(&self) -> usize {
-        self.payloads.len()
+        self.messages.len()
     }
 
     /// The frame for subscribers of the given format; made when the first one is met.
@@ -70,39 +87,43 @@ impl<'a> Publication<'a> {
         }
     }
 
-    fn encode(&self, encode: fn(&mut Vec<u8>, &str, Payload<'_>)) -> Arc<Frame> {
+    fn encode(&self, encode: fn(&mut Vec<u8>, &str, &Message<'_>)) -> Arc<Frame> {
         let mut bytes = Vec::new();
-        self.payloads.iter().for_each(|payload| encode(&mut bytes, self.channel, *payload));
-        Frame::bundle(bytes, self.payloads.len())
+        self.messages.iter().for_each(|message| encode(&mut bytes, self.channel, message));
+        Frame::bundle(bytes, self.messages.len())
     }
 }
 
-/// `{"type":"event","channel":…,"data":…}` with JSON byte for byte, other text as a JSON string, bytes as `data_base64`.
-fn encode_event(bytes: &mut Vec<u8>, channel: &str, payload: Payload<'_>) {
-    let (member, data) = match payload {
+/// A frame with an event.
+fn encode_event(bytes: &mut Vec<u8>, channel: &str, message: &Message<'_>) {
+    let (member, data) = data(message.payload);
+    let cursor = message.cursor.map(|cursor| cursor.to_string());
+    let (before, cursor) = cursor.as_deref().map_or(("", ""), |cursor| (r#"","cursor":""#, cursor));
+    let parts = [r#"{"type":"event","channel":""#, channel, before, cursor, r#"",""#, member, r#"":"#, &data, "}"];
+    frame::encode(bytes, Opcode::Text, &parts.map(str::as_bytes));
+}
+
+/// `{"type":"event","channel":…,"cursor":…,"data":…}` as part of another object.
+pub fn event_json(channel: &str, message: &Message<'_>) -> String {
+    let (member, data) = data(message.payload);
+    let cursor = message.cursor.map(|cursor| format!(r#","cursor":"{cursor}""#)).unwrap_or_default();
+    format!(r#"{{"type":"event","channel":"{channel}"{cursor},"{member}":{data}}}"#)
+}
+
+/// JSON byte for byte, other text as a JSON string, bytes as `data_base64`.
+fn data(payload: Payload<'_>) -> (&'static str, Cow<'_, str>) {
+    match payload {
         Payload::Json(text) => ("data", Cow::Borrowed(text)),
         Payload::Unchecked(bytes) => match str::from_utf8(bytes) {
             Ok(text) if is_json(text) => ("data", Cow::Borrowed(text)),
             Ok(text) => ("data", Cow::Owned(event::quoted(text))),
             Err(_) => ("data_base64", Cow::Owned(format!("\"{}\"", BASE64_STANDARD.encode(bytes)))),
         },
-    };
-    frame::encode(
-        bytes,
-        Opcode::Text,
-        &[
-            br#"{"type":"event","channel":""#,
-            channel.as_bytes(),
-            br#"",""#,
-            member.as_bytes(),
-            br#"":"#,
-            data.as_bytes(),
-            b"}",
-        ],
-    );
+    }
 }
 
-fn encode_raw(bytes: &mut Vec<u8>, _channel: &str, payload: Payload<'_>) {
+fn encode_raw(bytes: &mut Vec<u8>, _channel: &str, message: &Message<'_>) {
+    let payload = message.payload;
     let is_text = matches!(payload, Payload::Json(_)) || str::from_utf8(payload.bytes()).is_ok();
     frame::encode(bytes, if is_text { Opcode::Text } else { Opcode::Binary }, &[payload.bytes()]);
 }

@@ -10,15 +10,19 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, PushInfo, PushKind, RedisError, RedisResult};
+use redis::{
+    AsyncConnectionConfig, ErrorKind, Pipeline, PushInfo, PushKind, RedisError, RedisResult, ServerErrorKind, Value,
+};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tracing::{info, warn};
 
 use crate::broker::Broker;
 use crate::clock::{self, micros};
 use crate::connection::Connection;
+use crate::cursor::Cursor;
 use crate::event;
 use crate::fanout::Fanout;
+use crate::history_redis::{self, Place};
 use crate::metrics::Link;
 use crate::protocol::Refusal;
 use crate::redis_link::{self, Backoff, Endpoint, is_about_slots};
@@ -49,9 +53,14 @@ pub struct Publisher {
 pub struct Job {
     channel: Box<str>,
     payload: Box<[u8]>,
+    /// What makes it a repetition of an earlier one; on channels with history.
+    key: Option<Box<str>>,
     reply: Reply,
     accepted_us: u64,
 }
+
+/// The cursor on a channel with history; or why it was not published, or may not have been.
+pub type Outcome = Result<Option<Cursor>, Refusal>;
 
 /// Who hears of the outcome.
 #[derive(Debug)]
@@ -59,7 +68,7 @@ pub enum Reply {
     /// A client; `published` only if its command carried an id, errors always.
     Socket(Arc<Connection>, Option<Box<str>>),
     /// An HTTP request.
-    Http(oneshot::Sender<Result<(), Refusal>>),
+    Http(oneshot::Sender<Outcome>),
 }
 
 /// The receiving side, to be run by [`run`].
@@ -67,8 +76,9 @@ pub type Jobs = mpsc::Receiver<(Job, OwnedSemaphorePermit)>;
 
 impl Job {
     /// A job; the payload is copied because it outlives the read buffer.
-    pub fn new(channel: &str, payload: &[u8], reply: Reply) -> Self {
-        Self { channel: channel.into(), payload: payload.into(), reply, accepted_us: clock::now_us() }
+    pub fn new(channel: &str, payload: &[u8], key: Option<&str>, reply: Reply) -> Self {
+        let key = key.map(Into::into);
+        Self { channel: channel.into(), payload: payload.into(), key, reply, accepted_us: clock::now_us() }
     }
 
     /// The channel's name.
@@ -136,6 +146,7 @@ pub async fn run(
     broker: Arc<Broker>,
     servers: Arc<Servers>,
     server: usize,
+    key_prefix: Box<str>,
     timeout: Duration,
 ) {
     let metrics = &broker.shared.metrics;
@@ -162,7 +173,14 @@ pub async fn run(
         was_up = true;
         broker.note_link(server, Link::Publish, true);
         servers.lend(server, Some(connection.clone()));
-        let mut turn = Turn { connection, broker: &broker, topology: &servers.topology, timeout };
+        let mut turn = Turn {
+            connection,
+            broker: &broker,
+            topology: &servers.topology,
+            key_prefix: &key_prefix,
+            timeout,
+            has_script: false,
+        };
         turn.publish_until_lost(&mut endpoint, &lost, &mut jobs).await;
         servers.lend(server, None);
         broker.note_link(server, Link::Publish, false);
@@ -206,7 +224,10 @@ struct Turn<'a> {
     connection: MultiplexedConnection,
     broker: &'a Broker,
     topology: &'a Topology,
+    key_prefix: &'a str,
     timeout: Duration,
+    /// Redis knows the script that publishes to channels with history.
+    has_script: bool,
 }
 
 impl Turn<'_> {
@@ -228,24 +249,21 @@ impl Turn<'_> {
 
     /// Publishes a batch in one pipeline; false if the connection is of no more use.
     async fn publish(&mut self, batch: &mut Vec<(Job, OwnedSemaphorePermit)>, endpoint: &Endpoint) -> bool {
-        let mut pipeline = redis::pipe();
-        pipeline.ignore_errors();
-        for (job, _) in &*batch {
-            pipeline
-                .cmd(self.topology.publish_command())
-                .arg(self.topology.redis_channel(&job.channel))
-                .arg(&*job.payload);
+        let pipeline = self.pipeline(batch);
+        if self.needs_script(batch) && !self.load_script().await {
+            answer(batch.drain(..).map(|(job, _)| (job.reply, Err(Refusal::unavailable()))), self.broker);
+            return false;
         }
-        let outcome: RedisResult<Vec<RedisResult<i64>>> = pipeline.query_async(&mut self.connection).await;
+        let outcome: RedisResult<Vec<RedisResult<Value>>> = pipeline.query_async(&mut self.connection).await;
         let replies = batch.drain(..).map(|(job, _)| job.reply);
         match outcome {
             Ok(results) => {
-                let is_elsewhere = |result: &RedisResult<i64>| result.as_ref().is_err_and(is_about_slots);
-                if results.iter().any(is_elsewhere) {
+                let is_any = |is: fn(&RedisError) -> bool| results.iter().any(|result| result.as_ref().is_err_and(is));
+                if is_any(is_about_slots) {
                     endpoint.doubt();
                 }
-                let results = results.into_iter().map(|result| result.map(drop).map_err(|error| refusal(&error)));
-                answer(replies.zip(results), self.broker);
+                self.has_script &= !is_any(is_about_script);
+                answer(replies.zip(results.into_iter().map(outcome_of)), self.broker);
                 true
             }
             Err(error) => {
@@ -255,11 +273,63 @@ impl Turn<'_> {
             }
         }
     }
+
+    fn pipeline(&self, batch: &[(Job, OwnedSemaphorePermit)]) -> Pipeline {
+        let mut pipeline = redis::pipe();
+        pipeline.ignore_errors();
+        for (job, _) in batch {
+            match self.broker.hub.rules().history(&job.channel) {
+                None => {
+                    pipeline
+                        .cmd(self.topology.publish_command())
+                        .arg(self.topology.redis_channel(&job.channel))
+                        .arg(&*job.payload);
+                }
+                Some(retention) => {
+                    let place = Place::new(self.key_prefix, &job.channel, self.topology);
+                    let call = place.publish(&job.payload, &retention, rand::random(), job.key.as_deref());
+                    pipeline.invoke_script(&call);
+                }
+            }
+        }
+        pipeline
+    }
+
+    fn needs_script(&self, batch: &[(Job, OwnedSemaphorePermit)]) -> bool {
+        !self.has_script && batch.iter().any(|(job, _)| self.broker.hub.rules().history(&job.channel).is_some())
+    }
+
+    async fn load_script(&mut self) -> bool {
+        let loaded = history_redis::load_publish(&mut self.connection).await;
+        self.has_script = loaded.inspect_err(|error| warn!(%error, "redis does not take the script")).is_ok();
+        self.has_script
+    }
+}
+
+/// What Redis answered to one message. On a channel with history that is its cursor.
+fn outcome_of(result: RedisResult<Value>) -> Outcome {
+    match result {
+        Ok(Value::Int(_)) => Ok(None),
+        Ok(answer) => match history_redis::parse_published(&answer) {
+            Some((cursor, _)) => Ok(Some(cursor)),
+            None => Err(Refusal::redis_error("its answer is no cursor")),
+        },
+        Err(error) => Err(refusal(&error)),
+    }
+}
+
+/// Redis forgot the script, and so ran nothing.
+fn is_about_script(error: &RedisError) -> bool {
+    error.kind() == ErrorKind::Server(ServerErrorKind::NoScript)
 }
 
 /// Why Redis did not take one message of a pipeline: certainly nothing was sent.
 fn refusal(error: &RedisError) -> Refusal {
-    if is_about_slots(error) { Refusal::unavailable() } else { Refusal::redis_error(&error.to_string()) }
+    if is_about_slots(error) || is_about_script(error) {
+        Refusal::unavailable()
+    } else {
+        Refusal::redis_error(&error.to_string())
+    }
 }
 
 /// Answers a job that was not queued.
@@ -275,15 +345,15 @@ fn refuse_expired(batch: &mut Vec<(Job, OwnedSemaphorePermit)>, broker: &Broker,
 }
 
 /// Sends the outcomes on, with one flush for all of them.
-fn answer(outcomes: impl IntoIterator<Item = (Reply, Result<(), Refusal>)>, broker: &Broker) {
+fn answer(outcomes: impl IntoIterator<Item = (Reply, Outcome)>, broker: &Broker) {
     let mut fanout = Fanout::default();
     for (reply, outcome) in outcomes {
         match reply {
             Reply::Http(sender) => drop(sender.send(outcome)),
             Reply::Socket(connection, id) => {
                 let frame = match (&outcome, id.as_deref()) {
-                    (Ok(()), None) => continue,
-                    (Ok(()), Some(id)) => event::published(id),
+                    (Ok(_), None) => continue,
+                    (Ok(cursor), Some(id)) => event::published(id, *cursor),
                     (Err(refusal), id) => event::error(id, refusal, None),
                 };
                 fanout.push(&connection, &frame);

@@ -18,6 +18,7 @@ use crate::redis_config::RedisMode;
 use crate::redis_link::{Access, CONNECT_TIMEOUT, Endpoint, Node};
 use crate::redis_sentinel;
 use crate::registry;
+use crate::repair;
 use crate::servers::Servers;
 use crate::topology::{NODES_MAX, Topology};
 
@@ -84,8 +85,9 @@ impl Redis {
         let mut tasks = Vec::from_iter(places.search);
         for ((server, jobs), endpoint) in self.jobs.into_iter().enumerate().zip(places.endpoints) {
             let servers = Arc::clone(&self.servers);
+            let (key_prefix, timeout) = (config.redis_key_prefix.as_str().into(), config.publish_timeout);
             let publish =
-                publisher::run(endpoint.clone(), jobs, Arc::clone(broker), servers, server, config.publish_timeout);
+                publisher::run(endpoint.clone(), jobs, Arc::clone(broker), servers, server, key_prefix, timeout);
             let settings = multiplexer::Settings {
                 server,
                 channel_prefix: config.redis_channel_prefix.as_str().into(),
@@ -93,6 +95,13 @@ impl Redis {
             };
             let listen = multiplexer::run(endpoint, settings, Arc::clone(broker), Arc::clone(&self.servers));
             tasks.extend([tokio::spawn(publish), tokio::spawn(listen)]);
+        }
+        if config.channel_rules.any_history() {
+            let settings = repair::Settings {
+                key_prefix: config.redis_key_prefix.as_str().into(),
+                check_interval: config.history_check_interval,
+            };
+            tasks.push(tokio::spawn(repair::run(Arc::clone(broker), Arc::clone(&self.servers), settings)));
         }
         if let Some(registry) = &broker.shared.registry {
             let roll = Arc::clone(&broker.shared);

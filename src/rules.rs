@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, de::Error as _};
 
+use crate::history_store::Retention;
+
 /// The rules in order; the first match wins.
 #[derive(Clone, Debug, Default)]
 pub struct ChannelRules {
@@ -31,10 +33,33 @@ struct ChannelRule {
     #[serde(default)]
     presence: bool,
     #[serde(default)]
+    history: Option<HistoryRule>,
+    #[serde(default)]
+    cache: bool,
+    #[serde(default)]
     slow: SlowPolicy,
     #[serde(default, deserialize_with = "coalesce")]
     coalesce: Option<Duration>,
 }
+
+/// What a rule says of history.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HistoryRule {
+    size: usize,
+    #[serde(deserialize_with = "ttl")]
+    ttl: Duration,
+}
+
+/// Most entries of a history: what a read may have to bring from Redis at once.
+const HISTORY_SIZE_MAX: usize = 10_000;
+
+/// How old entries can get: from a second, below which clocks matter, to a month.
+const HISTORY_TTL_MIN: Duration = Duration::from_secs(1);
+const HISTORY_TTL_MAX: Duration = Duration::from_secs(31 * 24 * 60 * 60);
+
+/// Of a channel whose rule has `cache` and no history: only its last event counts.
+const CACHE: HistoryRule = HistoryRule { size: 1, ttl: Duration::from_secs(24 * 60 * 60) };
 
 /// What happens to a slow consumer of the channel.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
@@ -64,6 +89,14 @@ fn coalesce<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duratio
     }
 }
 
+fn ttl<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    match humantime::parse_duration(&text) {
+        Ok(ttl) if (HISTORY_TTL_MIN..=HISTORY_TTL_MAX).contains(&ttl) => Ok(ttl),
+        _ => Err(D::Error::custom(format!("ttl {text:?} is not a duration from 1s to 31d such as 10m"))),
+    }
+}
+
 impl ChannelRules {
     /// Reads the JSON list.
     ///
@@ -78,6 +111,12 @@ impl ChannelRules {
             let name = rule.pattern.strip_suffix('*').unwrap_or(&rule.pattern);
             if name.contains('*') {
                 return Err(format!("{:?} has a * that is not at the end", rule.pattern));
+            }
+            if rule.history.is_some_and(|history| !(1..=HISTORY_SIZE_MAX).contains(&history.size)) {
+                return Err(format!(
+                    "the history of {:?} has a size that is not 1 to {HISTORY_SIZE_MAX}",
+                    rule.pattern
+                ));
             }
             // The only policy so far; named so that a rule can say it.
             let SlowPolicy::Close = rule.slow;
@@ -105,12 +144,29 @@ impl ChannelRules {
 
     /// How long publications of the channel wait for others to share a write; zero: not at all.
     pub fn coalesce(&self, channel: &str) -> Duration {
-        self.rules.iter().find(|rule| rule.matches(channel)).and_then(|rule| rule.coalesce).unwrap_or(self.coalesce)
+        self.rule(channel).and_then(|rule| rule.coalesce).unwrap_or(self.coalesce)
     }
 
     /// Whether the channel has presence: who is here is known, and joins and leaves are told.
     pub fn presence(&self, channel: &str) -> bool {
-        self.rules.iter().find(|rule| rule.matches(channel)).is_some_and(|rule| rule.presence)
+        self.rule(channel).is_some_and(|rule| rule.presence)
+    }
+
+    /// How much of the channel's past is kept, if it has history.
+    pub fn history(&self, channel: &str) -> Option<Retention> {
+        let rule = self.rule(channel)?;
+        let history = rule.history.or_else(|| rule.cache.then_some(CACHE))?;
+        Some(Retention::new(history.size, history.ttl))
+    }
+
+    /// Whether any channel has history.
+    pub fn any_history(&self) -> bool {
+        self.rules.iter().any(|rule| rule.history.is_some() || rule.cache)
+    }
+
+    /// Whether a subscriber is sent the channel's last event first.
+    pub fn cache(&self, channel: &str) -> bool {
+        self.rule(channel).is_some_and(|rule| rule.cache)
     }
 
     /// Whether any channel has presence.
@@ -120,10 +176,11 @@ impl ChannelRules {
 
     /// Whether clients may publish to the channel: as its rule says; without any rules, yes.
     pub fn client_publish(&self, channel: &str) -> bool {
-        match self.rules.iter().find(|rule| rule.matches(channel)) {
-            Some(rule) => rule.client_publish,
-            None => self.rules.is_empty(),
-        }
+        self.rule(channel).map_or(self.rules.is_empty(), |rule| rule.client_publish)
+    }
+
+    fn rule(&self, channel: &str) -> Option<&ChannelRule> {
+        self.rules.iter().find(|rule| rule.matches(channel))
     }
 }
 

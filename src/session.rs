@@ -13,21 +13,22 @@ use std::sync::atomic::Ordering;
 use std::task::Poll;
 use std::time::Duration;
 
-use socket2::SockRef;
-use tokio::time::timeout;
-
+use crate::asker::Asker;
 use crate::broker::Broker;
+use crate::channel::Wish;
 use crate::clock;
 use crate::close::CloseReason;
 use crate::connection::{Connection, Open, Wake};
+use crate::ending;
 use crate::event::{self, Welcome};
 use crate::fanout::Fanout;
 use crate::frame::{Frame, Opcode};
 use crate::handshake::Mode;
+use crate::history_reader::Question;
 use crate::hub::Subscriptions;
 use crate::metrics::Source;
-use crate::presence_reader::{self, Asker, Question};
-use crate::protocol::{self, Command, ErrorCode, Refusal, Request, Target};
+use crate::presence_reader;
+use crate::protocol::{self, Command, ErrorCode, Refusal, Request, Target, Wanted};
 use crate::publication::{Format, Payload};
 use crate::publisher::{self, Job, Reply};
 use crate::rules::ChannelRules;
@@ -40,16 +41,8 @@ const READ_BYTES: usize = 64 << 10;
 /// Commands (and channels of their lists) that one frame may carry: their answers must fit into an outbox.
 const ANSWERS_MAX: usize = 4096;
 
-/// How long the close frame may take to leave (design section 3, "Closing"). After a drain everything
-/// accepted goes first, so a reader has longer.
-const CLOSE_SEND_TIME: Duration = Duration::from_secs(1);
-const DRAIN_SEND_TIME: Duration = Duration::from_secs(10);
-
-/// How long the peer may take to end the connection after our close frame.
-const CLOSE_WAIT_TIME: Duration = Duration::from_secs(5);
-
-/// What is read and thrown away after our close frame, so that no reset overtakes it.
-const DISCARD_BYTES_MAX: usize = 1 << 20;
+/// Bytes of the past that may wait for a client and it still gets more: a page of many channels that comes back.
+const REPLAY_BYTES_MAX: usize = 16 << 20;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
@@ -147,7 +140,7 @@ impl Session {
         // From here on nothing is delivered to this connection.
         let Self { connection, subscriptions, .. } = self;
         drop(subscriptions);
-        let is_clean = Box::pin(finish(&connection)).await;
+        let is_clean = Box::pin(ending::finish(&connection)).await;
         match connection.close_reason() {
             Some(CloseReason::Drain) if is_clean => End::Flushed,
             Some(CloseReason::Drain) => End::CutOff,
@@ -332,10 +325,19 @@ impl Session {
             Err(refusal) => self.reply(&event::error(id, &refusal, None), fanout),
             Ok(Command::Ping) => self.reply(&event::pong(id), fanout),
             Ok(Command::Subscribe(targets)) => {
-                self.each(id, targets, fanout, |session, channel, fanout| session.subscribe(id, channel, fanout));
+                self.each(id, targets, fanout, |session, wanted, fanout| session.subscribe(id, wanted, fanout));
             }
             Ok(Command::Unsubscribe(targets)) => {
-                self.each(id, targets, fanout, |session, channel, fanout| session.unsubscribe(id, channel, fanout));
+                self.each(id, targets, fanout, |session, wanted, fanout| {
+                    session.unsubscribe(id, &wanted.channel, fanout);
+                });
+            }
+            Ok(Command::History { channel, range, limit }) => {
+                let asker = Asker::Socket(Arc::clone(&self.connection), id.map(Into::into));
+                let question = Question { channel: channel.as_ref().into(), range, limit, asker };
+                if let Err(refusal) = self.context.broker.ask_history(question) {
+                    self.reply(&event::error(id, &refusal, Some(&channel)), fanout);
+                }
             }
             Ok(Command::Presence { channel, limit, page }) => {
                 if let Err(refusal) = self.presence(id, &channel, limit, page.as_deref()) {
@@ -356,26 +358,28 @@ impl Session {
         id: Option<&str>,
         targets: Vec<Target<'_>>,
         fanout: &mut Fanout<Arc<Connection>>,
-        mut carry_out: impl FnMut(&mut Self, &str, &mut Fanout<Arc<Connection>>),
+        mut carry_out: impl FnMut(&mut Self, &Wanted<'_>, &mut Fanout<Arc<Connection>>),
     ) {
         for target in targets {
             if !self.may_answer(id, fanout) {
                 return;
             }
             match target {
-                Ok(channel) => carry_out(self, &channel, fanout),
+                Ok(wanted) => carry_out(self, &wanted, fanout),
                 Err((given, refusal)) => self.reply(&event::error(id, &refusal, Some(&given)), fanout),
             }
         }
     }
 
-    fn subscribe(&mut self, id: Option<&str>, channel: &str, fanout: &mut Fanout<Arc<Connection>>) {
+    fn subscribe(&mut self, id: Option<&str>, wanted: &Wanted<'_>, fanout: &mut Fanout<Arc<Connection>>) {
+        let channel = &*wanted.channel;
         if self.subscriptions.len() >= self.context.subscriptions_max && !self.subscriptions.contains(channel) {
             let refusal = Refusal::new(ErrorCode::LimitExceeded, "too many subscriptions on this connection");
             return self.reply(&event::error(id, &refusal, Some(channel)), fanout);
         }
-        let reply = event::subscribed(id, channel);
-        if !self.subscriptions.subscribe(channel, Some(&reply), fanout) {
+        // Who has not read the last recoveries yet begins anew: what waits for a client is bounded.
+        let after = wanted.after.filter(|_| self.connection.replay_bytes() < REPLAY_BYTES_MAX);
+        if !self.subscriptions.subscribe(channel, Some(Wish { id, after }), fanout) {
             let refusal = Refusal::new(ErrorCode::LimitExceeded, "this subscription is pending already");
             self.reply(&event::error(id, &refusal, Some(channel)), fanout);
         }
@@ -423,13 +427,13 @@ impl Session {
         }
         broker.check_payload(data.as_bytes())?;
         let Some(servers) = &broker.servers else {
-            broker.gather(channel, Payload::Json(data), Source::Socket, fanout);
-            fanout.answers.extend(id.map(event::published));
+            let cursor = broker.gather(channel, Payload::Json(data), None, Source::Socket, fanout);
+            fanout.answers.extend(id.map(|id| event::published(id, cursor)));
             return Ok(());
         };
         broker.shared.metrics.publication(Source::Socket);
         let reply = Reply::Socket(Arc::clone(&self.connection), id.map(Into::into));
-        let job = Job::new(channel, data.as_bytes(), reply);
+        let job = Job::new(channel, data.as_bytes(), None, reply);
         // Once one publish waits, the next ones wait behind it.
         if self.unqueued.is_empty() {
             self.unqueued.extend(servers.publisher(channel).try_send(job).err());
@@ -445,7 +449,7 @@ impl Session {
             return Err(Refusal::new(ErrorCode::Forbidden, "the rule of this channel has no presence"));
         }
         let asker = Asker::Socket(Arc::clone(&self.connection), id.map(Into::into));
-        let question = Question::new(channel, limit, page, asker)?;
+        let question = presence_reader::Question::new(channel, limit, page, asker)?;
         self.connection.shared().presence.ask(question).map_err(|_| presence_reader::unavailable())
     }
 
@@ -461,40 +465,5 @@ impl Session {
 
     fn reply(&self, frame: &Arc<Frame>, fanout: &mut Fanout<Arc<Connection>>) {
         fanout.push(&self.connection, frame);
-    }
-}
-
-/// Ends the connection in the order of RFC 6455 §7.1.1: our close frame, end of our side, the peer's end.
-/// True if it came to that.
-async fn finish(connection: &Connection) -> bool {
-    let reason = connection.close_reason();
-    let send_time = if reason == Some(&CloseReason::Drain) { DRAIN_SEND_TIME } else { CLOSE_SEND_TIME };
-    let mut writer = Writer::default();
-    let sent = timeout(send_time, std::future::poll_fn(|context| connection.poll_finish(context, &mut writer))).await;
-    connection.shared().metrics.flushed(&mut writer);
-    if sent.is_err() || connection.has_failed() {
-        connection.cut();
-        return false;
-    }
-    let _ = SockRef::from(connection.socket()).shutdown(std::net::Shutdown::Write);
-    timeout(CLOSE_WAIT_TIME, discard_input(connection)).await.unwrap_or(false)
-}
-
-/// Reads until the peer ends the connection (true), or has sent too much.
-async fn discard_input(connection: &Connection) -> bool {
-    let mut budget = DISCARD_BYTES_MAX;
-    loop {
-        if connection.socket().readable().await.is_err() {
-            return true;
-        }
-        let read = SCRATCH.with_borrow_mut(|scratch| connection.socket().try_read(&mut scratch.read));
-        match read {
-            Ok(0) => return true,
-            Ok(len) if len < budget => budget -= len,
-            Ok(_) => return false,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            // The close frame was sent; a peer that resets afterwards has ended the connection all the same.
-            Err(_) => return true,
-        }
     }
 }

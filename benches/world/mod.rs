@@ -30,6 +30,10 @@ impl Subscriber for Bare {
         self.0.push(frame, &LIMITS)
     }
 
+    fn replay(&self, frames: &[Arc<Frame>]) -> Push {
+        self.0.replay(frames)
+    }
+
     fn has_room(&self) -> bool {
         self.0.has_room(&LIMITS)
     }

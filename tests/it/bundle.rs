@@ -115,7 +115,9 @@ impl Transport for ClosesMeanwhile<'_> {
 }
 
 fn bundle_of_three() -> Arc<Frame> {
-    let bundle = Publication::new("c", &["one", "two", "three"].map(Payload::Json)).frame(Format::Raw).clone();
+    let bundle = Publication::new("c", &["one", "two", "three"].map(|data| Payload::Json(data).into()))
+        .frame(Format::Raw)
+        .clone();
     assert_eq!((bundle.messages(), bundle.len()), (3, 5 + 5 + 7));
     bundle
 }
@@ -180,6 +182,10 @@ impl Subscriber for Behind {
         if self.has_room() { Push::Queued } else { Push::Late }
     }
 
+    fn replay(&self, _frames: &[Arc<Frame>]) -> Push {
+        Push::Queued
+    }
+
     fn has_room(&self) -> bool {
         !self.0.load(Ordering::Relaxed)
     }
@@ -194,7 +200,7 @@ fn whoever_publishes_next_waits_for_a_subscriber_that_is_late() {
     subscriptions.subscribe("c", None, &mut Fanout::default());
     let has_to_wait = || {
         let mut fanout = Fanout::default();
-        hub.gather("c", Payload::Json("1"), &mut fanout);
+        hub.gather("c", Payload::Json("1").into(), &mut fanout);
         fanout.needs_pause()
     };
     assert!(!has_to_wait(), "nobody knows yet");

@@ -137,7 +137,7 @@ async fn what_is_published_during_the_drain_reaches_those_still_open() {
             _ = interval.tick() => {
                 let payload = published.to_string();
                 let payload = hubcast::publication::Payload::Json(&payload);
-                broker.start_publish("c", payload).await.unwrap().outcome().await.unwrap();
+                broker.start_publish("c", payload, None).await.unwrap().outcome().await.unwrap();
                 published += 1;
             }
         }

@@ -101,7 +101,7 @@ async fn redis_is_reached_through_tls_with_a_user_and_only_if_its_certificate_is
     let redis = TlsRedis::start().await;
     let start = |ca: std::path::PathBuf| {
         let ca = ca.to_str().unwrap().to_owned();
-        let rules = ("HUBCAST_CHANNEL_RULES", r#"[{"match":"*","presence":true}]"#);
+        let rules = ("HUBCAST_CHANNEL_RULES", r#"[{"match":"*","presence":true,"history":{"size":9,"ttl":"1m"}}]"#);
         Binary::start(1000, &[("HUBCAST_REDIS_URL", &redis.url()), ("SSL_CERT_FILE", &ca), rules])
     };
     let (trusting, distrusting) = (start(redis.ca_file()), start(redis.other_ca_file()));
@@ -118,7 +118,7 @@ async fn redis_is_reached_through_tls_with_a_user_and_only_if_its_certificate_is
     })
     .await;
     assert_eq!(is_ready(&distrusting).await, None);
-    // With no more rights than these, presence and the registry work too.
+    // With no more rights than these, history, presence and the registry work too.
     let mut client = Client::try_open_at(trusting.public, "/ws?user=alice&channels=c", None).await.unwrap();
     for expected in ["welcome", "subscribed", "join"] {
         assert_eq!(client.json().await["type"], expected);

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use hubcast::channel::Wish;
 use hubcast::event;
 use hubcast::fanout::{Fanout, Subscriber};
 use hubcast::frame::Frame;
@@ -40,6 +41,10 @@ impl Subscriber for Recorder {
         }
         assert!(bytes.is_empty());
         Push::Queued
+    }
+
+    fn replay(&self, frames: &[Arc<Frame>]) -> Push {
+        frames.iter().fold(Push::Queued, |_, frame| self.push(frame))
     }
 
     fn has_room(&self) -> bool {
@@ -124,8 +129,9 @@ fn check(with_redis: bool, ops: &[Op]) {
     for (number, op) in ops.iter().enumerate() {
         match *op {
             Op::Subscribe(who, channel) => {
-                let reply = event::subscribed(Some(&number.to_string()), &name(channel));
-                let was_taken = clients[who].1.subscribe(&name(channel), Some(&reply), &mut fanout);
+                let id = number.to_string();
+                let wish = Wish { id: Some(&id), after: None };
+                let was_taken = clients[who].1.subscribe(&name(channel), Some(wish), &mut fanout);
                 model.deliver(channel, &mut expected);
                 let answer = format!(r#"{{"type":"subscribed","id":{number},"channel":"c{channel}"}}"#);
                 if model.is_live(channel) && !model.waits(channel, who) || model.is_joined(channel, who) {
@@ -150,7 +156,7 @@ fn check(with_redis: bool, ops: &[Op]) {
                 if hub.channel(&name(channel)).is_some() {
                     model.gathered.entry(channel).or_default().push(number);
                 }
-                hub.gather(&name(channel), Payload::Json(&number.to_string()), &mut fanout);
+                hub.gather(&name(channel), Payload::Json(&number.to_string()).into(), &mut fanout);
             }
             Op::Deliver(channel) => {
                 hub.channel(&name(channel)).inspect(|channel| channel.deliver(&mut fanout));
@@ -212,7 +218,7 @@ fn settle(hub: &Arc<Hub<Recorder>>, outstanding: &[(usize, bool)]) {
     for (at, is_subscribe) in outstanding {
         let channel = hub.channel(&name(*at)).expect("a channel with an operation outstanding is kept");
         match is_subscribe {
-            true => drop(hub.confirm_subscribe(&channel, &mut fanout)),
+            true => hub.confirm_subscribe(&channel, &mut fanout),
             false => hub.confirm_unsubscribe(&channel),
         }
     }

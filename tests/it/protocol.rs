@@ -82,7 +82,7 @@ async fn each_command_is_answered_with_its_id() {
             vec![error_with_id(10, "bad_request")],
         ),
         (r#"{"type":"subscribe","id":11,"channels":[]}"#.into(), vec![error_with_id(11, "bad_request")]),
-        (r#"{"type":"history","id":12,"channel":"a"}"#.into(), vec![error_with_id(12, "unknown_type")]),
+        (r#"{"type":"histories","id":12,"channel":"a"}"#.into(), vec![error_with_id(12, "unknown_type")]),
         (r#"{"type":5,"id":13}"#.into(), vec![error_with_id(13, "bad_request")]),
         (r#"{"id":14}"#.into(), vec![error_with_id(14, "bad_request")]),
         (

@@ -13,7 +13,7 @@ const USER: &str = "hub";
 const PASSWORD: &str = "secret";
 
 /// What README says that a gateway needs.
-pub const RIGHTS: &str = "~ws:* &hub:* -@all +@connection -@admin +@pubsub +@string +@set +@sortedset +exists +unlink +pexpire +time +role +eval +evalsha +script|load \
+pub const RIGHTS: &str = "~ws:* &hub:* -@all +@connection -@admin +@pubsub +@string +@set +@sortedset +@stream +exists +unlink +del +pexpire +pexpireat +time +role +eval +evalsha +script|load \
     +info +cluster|info +cluster|slots";
 
 /// A `redis-server` for `localhost` and 127.0.0.1 with a certificate of its own authority.

@@ -1,0 +1,233 @@
+//! The channels with history that this instance follows at Redis, beyond the time anybody is in them.
+//!
+//! [`Following`] guards a channel's [`Follow`] and carries out what that asks for: it tells the channel's members, lets
+//! in who waited, and lists reads and marks for the task that asks Redis (`repair.rs`). Lock order: following, then the
+//! hub's.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use dashmap::DashMap;
+use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::Notify;
+
+use crate::channel::Channel;
+use crate::clock::{self, micros};
+use crate::continuity::{Follow, Output};
+use crate::cursor::Cursor;
+use crate::fanout::{Fanout, Subscriber};
+use crate::history_store::{Loss, Retention};
+use crate::history_view::Told;
+use crate::members::Position;
+use crate::publication::{Message, Payload};
+use crate::replay::Replays;
+
+/// Followed channels that nobody is in; of more, those left first are forgotten.
+const IDLE_MAX: usize = 1 << 16;
+
+/// All channels that are followed.
+#[derive(Debug, Default)]
+pub struct Followings {
+    channels: DashMap<Box<str>, Arc<Following>>,
+    requests: Arc<Requests>,
+}
+
+/// One channel that is followed.
+#[derive(Debug)]
+pub struct Following {
+    /// The channel's name.
+    pub name: Box<str>,
+    /// What its rule keeps.
+    pub retention: Retention,
+    state: Mutex<State>,
+    requests: Arc<Requests>,
+    /// When something was last heard of the position.
+    active_us: AtomicU64,
+    /// When the channel was last seen in the hub.
+    used_us: AtomicU64,
+}
+
+#[derive(Debug)]
+struct State {
+    follow: Follow<Position>,
+    /// Kept, so that a message allocates none.
+    out: Vec<Output<Position>>,
+}
+
+/// What a channel wants of Redis. One request each at most, so the list is bounded by their number.
+#[derive(Debug, Default)]
+pub struct Requests {
+    list: Mutex<Lists>,
+    notify: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Lists {
+    /// Somebody waits for it.
+    urgent: VecDeque<Request>,
+    /// Nothing but a look whether the position is still what it was.
+    checks: VecDeque<Request>,
+}
+
+/// A request of one channel.
+#[derive(Debug)]
+pub struct Request {
+    /// Whose.
+    pub following: Arc<Following>,
+    /// What.
+    pub what: What,
+}
+
+/// What is to be done at Redis.
+#[derive(Debug)]
+pub enum What {
+    /// Read stream and position; of the stream there is no need if the position is still this.
+    Read(Option<Cursor>),
+    /// Mark a loss.
+    Mark(Loss),
+    /// Nothing for a while: a request failed.
+    Pause,
+}
+
+impl Followings {
+    /// What is known of a channel; from now on it is followed.
+    pub fn following(&self, name: &str, retention: &Retention, is_cached: bool) -> Arc<Following> {
+        let fresh = || {
+            let state = State { follow: Follow::new(retention.size, is_cached), out: Vec::new() };
+            Arc::new(Following {
+                name: name.into(),
+                retention: *retention,
+                state: Mutex::new(state),
+                requests: Arc::clone(&self.requests),
+                active_us: AtomicU64::new(clock::now_us()),
+                used_us: AtomicU64::new(clock::now_us()),
+            })
+        };
+        Arc::clone(&self.channels.entry(name.into()).or_insert_with(fresh))
+    }
+
+    /// What the channels want of Redis.
+    pub fn requests(&self) -> &Requests {
+        &self.requests
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.channels.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.channels.is_empty()
+    }
+
+    /// Has positions checked of which nothing was heard since `before_us`, and forgets channels that nobody has been in
+    /// for as long as their entries live.
+    pub fn look_through(&self, before_us: u64) {
+        let now_us = clock::now_us();
+        let (mut silent, mut idle) = (Vec::new(), Vec::new());
+        for following in &self.channels {
+            if following.is_used() {
+                following.used_us.store(now_us, Ordering::Relaxed);
+                if following.active_us.load(Ordering::Relaxed) < before_us {
+                    silent.push(Arc::clone(&following));
+                }
+            } else {
+                idle.push(following.used_us.load(Ordering::Relaxed));
+            }
+        }
+        silent.iter().for_each(Following::check);
+        drop(silent);
+        idle.sort_unstable();
+        let oldest_us = idle.len().checked_sub(IDLE_MAX).map_or(0, |surplus| idle[surplus]);
+        self.channels.retain(|_, following| {
+            let used_us = following.used_us.load(Ordering::Relaxed);
+            following.is_used() || used_us >= oldest_us && now_us < used_us + micros(following.retention.ttl)
+        });
+    }
+}
+
+impl Following {
+    /// The state alone: for what asks for nothing.
+    pub(crate) fn hold(self: &Arc<Self>) -> impl std::ops::DerefMut<Target = Follow<Position>> + '_ {
+        MutexGuard::map(self.state.lock(), |state| &mut state.follow)
+    }
+
+    /// Lets `act` do something to the state, and carries out what that asks for. `channel` is the one in the hub, if
+    /// there is one.
+    pub(crate) fn with<S: Subscriber, R>(
+        self: &Arc<Self>,
+        channel: Option<&Arc<Channel<S>>>,
+        fanout: &mut Fanout<S>,
+        act: impl FnOnce(&mut Follow<Position>, &mut Vec<Output<Position>>, &mut Fanout<S>) -> R,
+    ) -> R {
+        let mut state = self.state.lock();
+        let State { follow, out } = &mut *state;
+        let result = act(follow, out, fanout);
+        self.active_us.store(clock::now_us(), Ordering::Relaxed);
+        let mut replays = Replays::new(&self.name);
+        for output in out.drain(..) {
+            match output {
+                Output::Read { unless } => self.request(What::Read(unless)),
+                Output::Mark(loss) => self.request(What::Mark(loss)),
+                Output::Pause => self.request(What::Pause),
+                Output::Tell(told) => channel.into_iter().for_each(|channel| tell(channel, told.clone(), fanout)),
+                Output::Admit(admission) => {
+                    channel.into_iter().for_each(|channel| channel.let_in(&admission, &mut replays, fanout));
+                }
+            }
+        }
+        result
+    }
+
+    /// Has the position checked if anybody would miss a loss.
+    fn check(self: &Arc<Self>) {
+        let mut out = Vec::new();
+        let mut state = self.state.lock();
+        if state.follow.is_confirmed() {
+            state.follow.check(&mut out);
+        }
+        self.active_us.store(clock::now_us(), Ordering::Relaxed);
+        for output in out {
+            // Nobody is told anything before the answer.
+            if let Output::Read { unless } = output {
+                self.request(What::Read(unless));
+            }
+        }
+    }
+
+    /// Whether a channel in the hub has it: that, and the list of all.
+    fn is_used(self: &Arc<Self>) -> bool {
+        Arc::strong_count(self) > 1
+    }
+
+    fn request(self: &Arc<Self>, what: What) {
+        let mut lists = self.requests.list.lock();
+        let list = if matches!(what, What::Read(Some(_))) { &mut lists.checks } else { &mut lists.urgent };
+        list.push_back(Request { following: Arc::clone(self), what });
+        self.requests.notify.notify_one();
+    }
+}
+
+fn tell<S: Subscriber>(channel: &Arc<Channel<S>>, told: Told, fanout: &mut Fanout<S>) {
+    match told {
+        Told::Gap(gap) => channel.tell_gap(&gap, fanout),
+        Told::Event { cursor, payload } => {
+            channel.gather(Message { payload: Payload::Unchecked(&payload), cursor: Some(cursor) }, fanout);
+        }
+    }
+}
+
+impl Requests {
+    /// The next one, those that somebody waits for first.
+    pub fn pop(&self) -> Option<Request> {
+        let mut lists = self.list.lock();
+        lists.urgent.pop_front().or_else(|| lists.checks.pop_front())
+    }
+
+    /// Waits until one was listed since the last wait.
+    pub async fn listed(&self) {
+        self.notify.notified().await;
+    }
+}

@@ -1,0 +1,313 @@
+//! History at Redis: the three operations of `history_store.rs` as scripts, so that all instances share one chain.
+//!
+//! Keys, after `HUBCAST_REDIS_KEY_PREFIX`, all of them on the channel's server (in a cluster with the hash tag of its
+//! partition, as `history:{17}:{channel}` with real braces):
+//! - `history:{channel}`: a stream, each entry with its predecessor (`p`) and either the payload (`e`) or, for a break
+//!   marker, the shared id (`m`, `-` without one); it expires after its newest entry;
+//! - `history_top:{channel}`: the position;
+//! - `history_answer:{channel}:{idempotency key}`: the id that a publish was answered with.
+//!
+//! A script checks its arguments and the keys' types first and publishes last: scripts do not roll back. Random bits come
+//! from the caller, so that what Redis forgets in a rewind does not come again.
+
+use std::sync::LazyLock;
+
+use bytes::Bytes;
+use redis::aio::ConnectionLike;
+use redis::{ErrorKind, RedisError, RedisResult, Script, ScriptInvocation, Value};
+
+use crate::cursor::{Cursor, random_bits};
+use crate::history_store::{Content, Entry, IDEMPOTENCY_WINDOW, Loss, Marked, Retention, Window};
+use crate::topology::Topology;
+
+/// What a message of history starts with, with the version of the format: neither JSON nor text can, nor does presence
+/// (`presence_store::MAGIC`). Then follow, each ended by a space, `e` or `m`, the id and the predecessor's id; then the
+/// payload byte for byte, or the marker's shared id or `-`.
+pub const MAGIC: &[u8] = b"\xFF\x01";
+
+/// What `publish` and `mark` begin with: the arguments that they share, the position, and the id that may follow it.
+/// Written for speed: patterns, and numbers turned into text, cost more than Redis' own commands.
+const PRELUDE: &str = r"
+local call, format, sub = redis.call, string.format, string.sub
+local stream, top = KEYS[1], KEYS[2]
+local size, ttl, keep, random = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
+local step, publish = tonumber(random), ARGV[5]
+local is_known = publish == 'PUBLISH' or publish == 'SPUBLISH'
+if not (is_known and step and ttl and ttl >= 1 and tonumber(keep) and tonumber(size) and ARGV[7]) then
+    return redis.error_reply('ERR bad history arguments')
+end
+local time, last = call('TIME'), call('GET', top)
+local ms = format('%s%03d', time[1], time[2] / 1000)
+local now, before, id = tonumber(ms), 0, nil
+if not last then
+    call('DEL', stream)
+    last = ms .. '-' .. random
+end
+local at = string.find(last, '-', 1, true)
+local was = sub(last, 1, at - 1)
+before = tonumber(was)
+if now > before then
+    id = ms .. '-' .. random
+else
+    local next = sub(last, at + 1) + (1 + math.floor(step / 65536))
+    if next < 9007199254740992 then
+        id = format('%s-%d', was, next)
+    else
+        id = format('%d-%s', before + 1, random)
+    end
+end
+";
+
+/// Appends `content` as `field`. The stream is trimmed to size roughly here, and exactly where it is looked at. It outlives
+/// its newest entry's age by at most as long again: its expiry is renewed once in that time.
+const APPEND: &str = r"
+local is_new = not call('XADD', stream, 'NOMKSTREAM', 'MAXLEN', '~', size, id, 'p', last, field, content)
+if is_new then
+    call('XADD', stream, id, 'p', last, field, content)
+end
+if is_new or now - now % ttl > before or now < before then
+    call('PEXPIREAT', stream, format('%d', math.max(now, before) + 2 * ttl))
+end
+call('SET', top, id, 'PX', keep)
+";
+
+/// Comes last.
+const TELL: &str = r"
+call(publish, ARGV[6], '\255\1' .. field .. ' ' .. id .. ' ' .. last .. ' ' .. content)
+";
+
+/// After the shared arguments: the payload; with a third key, how long the answer is remembered.
+const ANSWERED: &str = r"
+local field, content = 'e', ARGV[7]
+if KEYS[3] then
+    local answered = call('GET', KEYS[3])
+    if answered then
+        return {answered}
+    end
+end
+";
+
+const REMEMBER: &str = r"
+if KEYS[3] then
+    call('SET', KEYS[3], id, 'PX', ARGV[8])
+end
+";
+
+/// Answers the id; one that was given before in a list.
+const PUBLISHED: &str = "return id\n";
+
+/// After the shared arguments: the shared id or `-`, the own id, and the markers that were passed.
+const MARK_UNLESS: &str = r"
+local field, content, own, passed = 'm', ARGV[7], ARGV[8], {}
+for i = 9, #ARGV do
+    passed[ARGV[i]] = true
+end
+call('XTRIM', stream, 'MAXLEN', size)
+call('XTRIM', stream, 'MINID', format('%d', math.max(now - ttl + 1, 0)))
+if own == last or #call('XRANGE', stream, own, own) > 0 then
+    call('SET', top, last, 'PX', keep)
+    return {'exists', last}
+end
+for _, entry in ipairs(call('XRANGE', stream, '-', '+')) do
+    if entry[2][3] == 'm' and entry[2][4] == content and (content ~= '-' or not passed[entry[1]]) then
+        call('SET', top, last, 'PX', keep)
+        return {'already', entry[1]}
+    end
+end
+";
+
+const MARKED: &str = "return {'written', id}\n";
+
+/// Arguments: entries at most, TTLs of entries and position, random bits, the position for which the stream is not needed.
+const READ_SCRIPT: &str = r"
+local stream, top = KEYS[1], KEYS[2]
+local ttl, keep, random = tonumber(ARGV[2]), ARGV[3], ARGV[4]
+if not (ttl and tonumber(keep) and tonumber(random)) then
+    return redis.error_reply('ERR bad history arguments')
+end
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local last = redis.call('GET', top)
+if not last then
+    redis.call('DEL', stream)
+    last = string.format('%d-%s', now, random)
+    redis.call('SET', top, last, 'PX', keep)
+else
+    redis.call('PEXPIRE', top, keep)
+end
+if last == ARGV[5] then
+    return {last, {}}
+end
+redis.call('XTRIM', stream, 'MAXLEN', ARGV[1])
+redis.call('XTRIM', stream, 'MINID', string.format('%d', math.max(now - ttl + 1, 0)))
+return {last, redis.call('XRANGE', stream, '-', '+')}
+";
+
+static PUBLISH: LazyLock<Script> = LazyLock::new(|| Script::new(&publish_script()));
+static MARK: LazyLock<Script> = LazyLock::new(|| Script::new(&format!("{PRELUDE}{MARK_UNLESS}{APPEND}{TELL}{MARKED}")));
+static READ: LazyLock<Script> = LazyLock::new(|| Script::new(READ_SCRIPT));
+
+/// The script that publishes, for backends that call it themselves.
+///
+/// Keys: `history:{channel}`, `history_top:{channel}`, and for a publish that may be repeated
+/// `history_answer:{channel}:{idempotency key}`. Arguments: entries at most, their TTL (ms), the position's TTL (ms),
+/// 48 random bits, `PUBLISH` or `SPUBLISH`, the Redis channel, the payload, and with a third key its TTL (ms).
+pub fn publish_script() -> String {
+    format!("{PRELUDE}{ANSWERED}{APPEND}{REMEMBER}{TELL}{PUBLISHED}")
+}
+
+/// Has Redis know the script that publishes.
+///
+/// # Errors
+/// Redis is away, or does not allow it.
+pub async fn load_publish(link: &mut impl ConnectionLike) -> RedisResult<()> {
+    PUBLISH.load_async(link).await.map(drop)
+}
+
+/// Where a channel's history is: everything that depends on how Redis is set up.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// Key of the stream.
+    pub stream: String,
+    /// Key of the position.
+    pub top: String,
+    /// What the keys of remembered answers begin with.
+    pub answers: String,
+    /// Where entries are published: where the channel's plain publications are.
+    pub redis_channel: String,
+    /// And by which command.
+    pub publish: &'static str,
+}
+
+impl Place {
+    /// The place of a channel, under `HUBCAST_REDIS_KEY_PREFIX`.
+    pub fn new(key_prefix: &str, channel: &str, topology: &Topology) -> Self {
+        let tagged = topology.tagged(channel);
+        Self {
+            stream: format!("{key_prefix}history:{tagged}"),
+            top: format!("{key_prefix}history_top:{tagged}"),
+            answers: format!("{key_prefix}history_answer:{tagged}:"),
+            redis_channel: topology.redis_channel(channel),
+            publish: topology.publish_command(),
+        }
+    }
+
+    /// The call that publishes, to be put into a pipeline or invoked; its answer is read by [`parse_published`].
+    pub fn publish(
+        &self,
+        payload: &[u8],
+        retention: &Retention,
+        random: u64,
+        key: Option<&str>,
+    ) -> ScriptInvocation<'_> {
+        let mut call = self.append(&PUBLISH, retention, random);
+        call.arg(payload);
+        if let Some(key) = key {
+            call.key(format!("{}{key}", self.answers)).arg(IDEMPOTENCY_WINDOW.as_millis() as u64);
+        }
+        call
+    }
+
+    fn append(&self, script: &'static Script, retention: &Retention, random: u64) -> ScriptInvocation<'static> {
+        let mut call = script.prepare_invoke();
+        call.key(&self.stream).key(&self.top);
+        call.arg(retention.size).arg(retention.ttl_ms()).arg(retention.position_ttl_ms()).arg(random_bits(random));
+        call.arg(self.publish).arg(&self.redis_channel);
+        call
+    }
+
+    /// See [`crate::history_store::Chain::mark`].
+    ///
+    /// # Errors
+    /// Redis is away, or refuses.
+    pub async fn mark(
+        &self,
+        link: &mut impl ConnectionLike,
+        loss: &Loss,
+        retention: &Retention,
+        random: u64,
+    ) -> RedisResult<Marked> {
+        let mut call = self.append(&MARK, retention, random);
+        call.arg(written(loss.shared)).arg(loss.own.to_string());
+        call.arg(loss.passed.iter().map(Cursor::to_string).collect::<Vec<_>>());
+        let (what, id): (String, String) = call.invoke_async(link).await?;
+        let id = Cursor::parse(&id).ok_or_else(unreadable)?;
+        Ok(match what.as_str() {
+            "exists" => Marked::Exists,
+            "already" => Marked::Already(id),
+            _ => Marked::Written(id),
+        })
+    }
+
+    /// See [`crate::history_store::Chain::read`].
+    ///
+    /// # Errors
+    /// Redis is away, or refuses, or the stream has what no script of ours wrote.
+    pub async fn read(
+        &self,
+        link: &mut impl ConnectionLike,
+        unless: Option<Cursor>,
+        retention: &Retention,
+        random: u64,
+    ) -> RedisResult<Window> {
+        let mut call = READ.prepare_invoke();
+        call.key(&self.stream).key(&self.top);
+        call.arg(retention.size).arg(retention.ttl_ms()).arg(retention.position_ttl_ms());
+        call.arg(random_bits(random)).arg(written(unless));
+        let (top, entries): (String, Vec<Stored>) = call.invoke_async(link).await?;
+        let entries = entries.into_iter().map(parse_stored).collect::<Option<_>>();
+        match (Cursor::parse(&top), entries) {
+            (Some(top), Some(entries)) => Ok(Window { entries, top }),
+            _ => Err(unreadable()),
+        }
+    }
+}
+
+/// Reads the answer to a publish: the id, and whether an earlier publish with the same idempotency key was given it.
+pub fn parse_published(answer: &Value) -> Option<(Cursor, bool)> {
+    let is_repeated = matches!(answer, Value::Array(_));
+    let ids: Vec<String> = redis::from_redis_value_ref(answer).ok()?;
+    Some((Cursor::parse(ids.first()?)?, is_repeated))
+}
+
+/// Whether a message on a Redis channel is one of history: it begins with [`MAGIC`].
+pub fn is_envelope(message: &[u8]) -> bool {
+    message.starts_with(MAGIC)
+}
+
+/// Reads a message that begins with [`MAGIC`]; the payload is not copied. `None` if it is not of this format.
+pub fn parse_envelope(message: &Bytes) -> Option<Entry> {
+    let mut words = message.strip_prefix(MAGIC)?.splitn(4, |byte| *byte == b' ');
+    let (kind, id, previous, content) = (words.next()?, words.next()?, words.next()?, words.next()?);
+    let content = match kind {
+        b"e" => Content::Event(message.slice_ref(content)),
+        b"m" => Content::Marker(parse_shared(content)?),
+        _ => return None,
+    };
+    Some(Entry { id: Cursor::parse_bytes(id)?, previous: Cursor::parse_bytes(previous)?, content })
+}
+
+/// An entry as the stream has it: the id, then `p`, the predecessor, `e` or `m`, and the content.
+type Stored = (String, Vec<Vec<u8>>);
+
+fn parse_stored((id, fields): Stored) -> Option<Entry> {
+    let [_, previous, kind, content]: [Vec<u8>; 4] = fields.try_into().ok()?;
+    let content = match kind.as_slice() {
+        b"e" => Content::Event(content.into()),
+        b"m" => Content::Marker(parse_shared(&content)?),
+        _ => return None,
+    };
+    Some(Entry { id: Cursor::parse(&id)?, previous: Cursor::parse_bytes(&previous)?, content })
+}
+
+fn written(id: Option<Cursor>) -> String {
+    id.map_or_else(|| "-".to_owned(), |id| id.to_string())
+}
+
+fn parse_shared(text: &[u8]) -> Option<Option<Cursor>> {
+    if text == b"-" { Some(None) } else { Cursor::parse_bytes(text).map(Some) }
+}
+
+fn unreadable() -> RedisError {
+    (ErrorKind::UnexpectedReturnType, "the history is not in our format").into()
+}
