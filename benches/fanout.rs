@@ -7,6 +7,7 @@ use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use hubcast::channel::Wish;
 use hubcast::event;
 use hubcast::fanout::{Fanout, Subscriber};
 use hubcast::frame::Frame;
@@ -97,14 +98,14 @@ fn churn(criterion: &mut Criterion) {
 fn churn_in_threads(hub: &Arc<Hub<Bare>>, channels: &[String], rounds: u64) -> Duration {
     let barrier = Barrier::new(channels.len());
     let rounds_on = |channel: &str| {
-        let (subscribed, unsubscribed) = (event::subscribed(None, channel), event::unsubscribed(None, channel));
+        let unsubscribed = event::unsubscribed(None, channel);
         let mut subscriptions = Subscriptions::new(Arc::clone(hub), Bare::default());
         let mut writer = Writer::default();
         barrier.wait();
         let started = Instant::now();
         for _ in 0..rounds {
             let mut fanout = Fanout::default();
-            subscriptions.subscribe(channel, Some(&subscribed), &mut fanout);
+            subscriptions.subscribe(channel, Some(Wish::default()), &mut fanout);
             subscriptions.unsubscribe(channel, &unsubscribed, &mut fanout);
             drain(fanout, &mut writer);
         }
