@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::harness::{Client, HttpAnswer, Redis, await_metric, gateway, http, metric, ready};
 
-const RULES: (&str, &str) = (
+pub const RULES: (&str, &str) = (
     "HUBCAST_CHANNEL_RULES",
     r#"[{"match":"h:*","history":{"size":20,"ttl":"10m"},"client_publish":true},{"match":"price","cache":true},{"match":"*"}]"#,
 );

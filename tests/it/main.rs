@@ -37,6 +37,7 @@ mod outbox_model;
 mod presence;
 mod presence_model;
 mod protocol;
+mod recovery;
 mod redis;
 mod registry;
 mod servers;
