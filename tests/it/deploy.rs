@@ -6,13 +6,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use hubcast::gateway::Gateway;
 use parking_lot::Mutex;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::binary::Binary;
-use crate::harness::{Client, Redis, eventually, gateway, http, ready, soon};
+use crate::harness::{Client, Redis, eventually, gateway, http, publish, ready, soon};
+
+const RULES: (&str, &str) =
+    ("HUBCAST_CHANNEL_RULES", r#"[{"match":"c","presence":true,"history":{"size":1000,"ttl":"1m"}}]"#);
 
 const INSTANCES: usize = 3;
 const USERS: usize = 30;
@@ -21,9 +25,8 @@ const USERS: usize = 30;
 type Fleet = Arc<Mutex<Vec<SocketAddr>>>;
 
 fn start(redis: &Redis) -> Binary {
-    let rules = r#"[{"match":"c","presence":true}]"#;
     let url = redis.url();
-    let env = [("HUBCAST_REDIS_URL", url.as_str()), ("HUBCAST_DRAIN_TIME", "1s"), ("HUBCAST_CHANNEL_RULES", rules)];
+    let env = [("HUBCAST_REDIS_URL", url.as_str()), ("HUBCAST_DRAIN_TIME", "1s"), RULES];
     Binary::start(1000, &env)
 }
 
@@ -43,14 +46,18 @@ async fn connect(first: usize, fleet: &Fleet, path: &str) -> Client {
     unreachable!("it counts up")
 }
 
-/// A client as a browser has it: whenever it is closed it comes back elsewhere. From the publication `settled` on
-/// nobody joins or leaves; it ends with `end`, and gives how often it was connected.
+/// A client as a browser has it: whenever it is closed it comes back elsewhere, and misses nothing. From the publication
+/// `settled` on nobody joins or leaves; it ends with `end`, and gives how often it was connected.
 async fn user(number: usize, fleet: Fleet) -> usize {
-    let mut is_settled = false;
-    let path = format!("/ws?user=u{number}&channels=c");
+    let (mut is_settled, mut last, mut after) = (false, None, None);
+    let path = format!("/ws?user=u{number}");
     for connections in 1.. {
         let mut client = soon("an instance that takes it", connect(number + connections, &fleet, &path)).await;
-        let mut last = None;
+        let mut subscribe = json!({"type": "subscribe", "channel": "c"});
+        if let Some(after) = after.take() {
+            subscribe["after"] = after;
+        }
+        client.send(&subscribe).await;
         loop {
             let text = match client.message().await {
                 Message::Text(text) => text,
@@ -61,7 +68,10 @@ async fn user(number: usize, fleet: Fleet) -> usize {
                 }
                 other => panic!("{other:?}"),
             };
-            let frame: Value = serde_json::from_str(&text).unwrap();
+            let mut frame: Value = serde_json::from_str(&text).unwrap();
+            if frame.get("cursor").is_some() {
+                after = Some(frame["cursor"].take());
+            }
             match frame["type"].as_str().unwrap() {
                 "event" if frame["data"] == "end" => return connections,
                 "event" if frame["data"] == "settled" => is_settled = true,
@@ -71,7 +81,8 @@ async fn user(number: usize, fleet: Fleet) -> usize {
                     last = Some(this);
                 }
                 "join" | "leave" => assert!(!is_settled, "they only move: {frame}"),
-                "welcome" | "subscribed" | "draining" => {}
+                "subscribed" => assert_eq!(frame["recovered"], connections > 1),
+                "welcome" | "draining" => {}
                 other => panic!("{other}: {frame}"),
             }
         }
@@ -80,32 +91,30 @@ async fn user(number: usize, fleet: Fleet) -> usize {
 }
 
 /// Publishes numbers until it is told to stop, then the end.
-async fn publish(url: String, is_over: Arc<AtomicBool>) {
-    let client = redis::Client::open(url).unwrap();
-    let mut link = client.get_multiplexed_async_connection().await.unwrap();
+async fn publish_numbers(gateway: &Gateway, is_over: &AtomicBool) {
     let mut interval = tokio::time::interval(Duration::from_millis(5));
     let mut number = 0;
     while !is_over.load(Ordering::Acquire) {
         interval.tick().await;
         number += 1;
-        redis::cmd("PUBLISH").arg("hub:c").arg(number).exec_async(&mut link).await.unwrap();
+        publish(gateway, "c", number.to_string().as_bytes()).await;
     }
-    redis::cmd("PUBLISH").arg("hub:c").arg("\"end\"").exec_async(&mut link).await.unwrap();
+    publish(gateway, "c", b"\"end\"").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rolling_deploy_moves_everybody_and_presence_says_nothing() {
+async fn a_rolling_deploy_moves_everybody_who_miss_nothing_and_presence_says_nothing() {
     let redis = Redis::start().await;
-    let observer = gateway(&[
-        ("HUBCAST_REDIS_URL", &redis.url()),
-        ("HUBCAST_CHANNEL_RULES", r#"[{"match":"c","presence":true}]"#),
-    ]);
+    let observer = Arc::new(gateway(&[("HUBCAST_REDIS_URL", &redis.url()), RULES]));
     ready(&observer).await;
     let mut instances: VecDeque<_> = (0..INSTANCES).map(|_| start(&redis)).collect();
     let fleet: Fleet = Arc::new(Mutex::new(instances.iter().map(|instance| instance.public).collect()));
     let is_over = Arc::new(AtomicBool::new(false));
     let users: Vec<_> = (0..USERS).map(|number| tokio::spawn(user(number, Arc::clone(&fleet)))).collect();
-    let publishing = tokio::spawn(publish(redis.url(), Arc::clone(&is_over)));
+    let publishing = tokio::spawn({
+        let (observer, is_over) = (Arc::clone(&observer), Arc::clone(&is_over));
+        async move { publish_numbers(&observer, &is_over).await }
+    });
     let all_here = async || {
         eventually("everybody to be there once", async || {
             let there = http(&observer, "GET /api/presence/c?limit=0", "", b"").await.json();
@@ -115,7 +124,7 @@ async fn a_rolling_deploy_moves_everybody_and_presence_says_nothing() {
     };
     all_here().await;
     // After all joins, in the channel's order.
-    redis.command(&["PUBLISH", "hub:c", "\"settled\""]).await;
+    publish(&observer, "c", b"\"settled\"").await;
     for _ in 0..INSTANCES {
         let new = start(&redis);
         fleet.lock().push(new.public);
