@@ -1,6 +1,6 @@
 // What the queries of a client ask and answer, in the words of JavaScript.
 
-import type { EventFrame, GapFrame, PresenceFrame } from "./protocol.js";
+import type { GapFrame, HistoryFrame, PresenceFrame } from "./protocol.js";
 import { Publication } from "./publication.js";
 
 export interface Published {
@@ -43,6 +43,10 @@ export interface History<Data = unknown> {
   publications: Publication<Data>[];
   /** Places in between where the gateway knows of a loss. */
   gaps: Gap[];
+  /** There is more in the direction that was asked for. */
+  hasMore: boolean;
+  /** The newest position of the channel. */
+  cursor: string;
 }
 
 /** Continuity broke here: messages may be missing. Reload what you show. */
@@ -59,9 +63,9 @@ export function gap({ after, next, reason }: GapFrame): Gap {
   return { ...(after !== undefined && { after }), ...(next !== undefined && { next }), reason };
 }
 
-export function history<Data>(events: (EventFrame | GapFrame)[]): History<Data> {
-  const all: History<Data> = { publications: [], gaps: [] };
-  for (const event of events) {
+export function history<Data>(frame: HistoryFrame): History<Data> {
+  const all: History<Data> = { publications: [], gaps: [], hasMore: frame.has_more, cursor: frame.cursor };
+  for (const event of frame.events) {
     if (event.type === "event") all.publications.push(new Publication<Data>(event));
     else all.gaps.push(gap(event));
   }

@@ -106,7 +106,7 @@ export class Client extends Emitter<ClientEvents> {
 
   /** What was published in the channel. */
   async history<Data = unknown>(channel: string, query: HistoryQuery = {}): Promise<History<Data>> {
-    return history((await this.#request({ type: "history", channel, ...query }, "history")).events);
+    return history(await this.#request({ type: "history", channel, ...query }, "history"));
   }
 
   /** Resolves when the gateway has answered. */

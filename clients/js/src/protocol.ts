@@ -70,6 +70,13 @@ export interface PresenceFrame {
   page: string | null;
 }
 
+export interface HistoryFrame {
+  type: "history";
+  events: (EventFrame | GapFrame)[];
+  has_more: boolean;
+  cursor: string;
+}
+
 /** What the server sends. Types that a later server adds are passed over. */
 export type ServerFrame = { id?: string | number } & (
   | WelcomeFrame
@@ -81,7 +88,7 @@ export type ServerFrame = { id?: string | number } & (
   | PresenceFrame
   | { type: "unsubscribed"; channel: string; reason?: string }
   | { type: "published"; cursor?: string }
-  | { type: "history"; events: (EventFrame | GapFrame)[] }
+  | HistoryFrame
   | { type: "pong" }
   | { type: "draining"; retry_after_ms: number }
 );

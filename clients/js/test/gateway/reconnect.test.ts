@@ -22,7 +22,7 @@ for (const [name, WebSocket] of WEBSOCKETS) {
       assert.ok(retryInMs !== null && retryInMs >= 0 && retryInMs <= 500, `${retryInMs}`);
     }
     for (const { data } of all) assert.deepEqual(data, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
-    for (const { recovered } of await resumed) assert.equal(recovered, false, "there is no history yet");
+    for (const { recovered } of await resumed) assert.equal(recovered, false, "there is no history");
     assert.equal(await drained.end(), 0);
     const arrived = Promise.all(all.map(({ subscription }) => told(subscription, "publication")));
     await next.publish("news", "10");

@@ -138,9 +138,3 @@ test("subscriptions beyond the limit are refused, each by itself", async (t) => 
   await Promise.all([told(a, "subscribed"), told(b, "subscribed")]);
   assert.deepEqual(await refused, { reason: "limit_exceeded" });
 });
-
-test("history has to wait for its gateway", async (t) => {
-  const gateway = await Gateway.start(t);
-  const hubcast = client(t, gateway.url);
-  await assert.rejects(hubcast.history("news"), { code: "unknown_type", outcome: "refused" });
-});

@@ -164,8 +164,8 @@ test("history, with a gap in it", async () => {
     { type: "gap", channel: "chat", after: "2", next: "5", reason: "upstream" },
     { type: "event", channel: "chat", cursor: "5", data: 5 },
   ];
-  world.socket.say({ type: "history", id, channel: "chat", events });
-  const { publications, gaps } = await history;
+  world.socket.say({ type: "history", id, channel: "chat", events, has_more: true, cursor: "7" });
+  const { publications, gaps, hasMore, cursor } = await history;
   assert.deepEqual(
     publications.map(({ cursor, data }) => [cursor, data]),
     [
@@ -174,4 +174,5 @@ test("history, with a gap in it", async () => {
     ],
   );
   assert.deepEqual(gaps, [{ after: "2", next: "5", reason: "upstream" }]);
+  assert.deepEqual([hasMore, cursor], [true, "7"]);
 });
