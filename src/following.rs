@@ -122,6 +122,13 @@ impl Followings {
         self.channels.is_empty()
     }
 
+    /// Has the positions of some channels checked.
+    pub fn check_where(&self, is_doubted: impl Fn(&str) -> bool) {
+        let doubted = self.channels.iter().filter(|following| is_doubted(&following.name));
+        let doubted: Vec<_> = doubted.map(|following| Arc::clone(&following)).collect();
+        doubted.iter().for_each(Following::check);
+    }
+
     /// Has positions checked of which nothing was heard since `before_us`, and forgets channels that nobody has been in
     /// for as long as their entries live.
     pub fn look_through(&self, before_us: u64) {

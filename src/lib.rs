@@ -34,11 +34,11 @@
 //! 1. Hub, channel, outbox, protocol, event and websocket do no I/O; hub and protocol never await.
 //! 2. After the upgrade a socket is written only by whoever holds its outbox's write right; only
 //!    `multiplexer`, `publisher`, `inbox`, `registry`, `commands`, `presence_redis` (through it `presence_writer`),
-//!    `history_redis` and the `redis_*` modules know Redis; only `config` reads the environment.
+//!    `history_redis` (through it `repair` and `history_reader`), `replication` and the `redis_*` modules know Redis; only `config` reads the environment.
 //! 3. Every queue has a bound and a named policy when full.
 //! 4. A publication is encoded once per wire format, however many subscribers it has.
 //! 5. One order per channel: a publication's walk, joins and leaves run whole under the channel's lock.
-//!    Lock order: shard, channel, outbox.
+//!    Lock order: a channel's past (in memory) or following (at Redis), shard, channel, outbox.
 //! 6. Each count that goes up is a guard that brings it down. Losing a connection is O(its subscriptions).
 //! 7. No lock is held across an await, and nothing on the way from a publish to the sockets awaits Redis
 //!    except the publish itself.
@@ -108,6 +108,7 @@ pub mod history_store;
 pub mod history_view;
 pub mod repair;
 pub mod replay;
+pub mod replication;
 
 pub mod presence;
 pub mod presence_reader;

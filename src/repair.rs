@@ -19,6 +19,7 @@ use crate::following::{Following, Followings, Request, What};
 use crate::history_redis::Place;
 use crate::history_store::{Loss, Marked, Window};
 use crate::hub::Histories;
+use crate::replication::{self, Replication};
 use crate::servers::Servers;
 
 /// Requests under way: enough that a link is never idle, few enough that no other command waits for long.
@@ -51,6 +52,8 @@ pub async fn run(broker: Arc<Broker>, servers: Arc<Servers>, settings: Settings)
     let Histories::Redis(followings) = broker.hub.histories() else { return };
     let (mut requests, mut pauses) = (JoinSet::new(), JoinSet::new());
     let mut look_at = Instant::now() + LOOK_INTERVAL;
+    let mut replication = JoinSet::new();
+    replication.spawn(Replication::new(Arc::clone(&servers)).changed());
     loop {
         while requests.len() < REQUESTS_MAX
             && let Some(Request { following, what }) = followings.requests().pop()
@@ -69,6 +72,10 @@ pub async fn run(broker: Arc<Broker>, servers: Arc<Servers>, settings: Settings)
             Some(Ok((following, done))) = requests.join_next() => answered(&broker, &following, done, &mut fanout),
             Some(Ok((following, done))) = pauses.join_next() => answered(&broker, &following, done, &mut fanout),
             () = followings.requests().listed(), if requests.len() < REQUESTS_MAX => {}
+            Some(Ok((known, changed))) = replication.join_next() => {
+                followings.check_where(|name| changed.contains(&servers.topology.server_of(name)));
+                replication.spawn(async { sleep(replication::INTERVAL).await; known.changed().await });
+            }
             () = sleep_until(look_at) => {
                 look_at = Instant::now() + LOOK_INTERVAL;
                 look_through(followings, &settings);

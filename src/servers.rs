@@ -59,6 +59,11 @@ impl Servers {
         self.publisher(channel).link()
     }
 
+    /// The same for a server.
+    pub fn link(&self, server: usize) -> Option<MultiplexedConnection> {
+        self.servers[server].publisher.link()
+    }
+
     /// How it is with the links that take commands.
     pub fn command_links(&self) -> CommandLinks {
         *self.commands.borrow()

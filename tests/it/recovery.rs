@@ -198,6 +198,25 @@ async fn a_loss_without_a_lost_link_is_noticed_while_nothing_is_published() {
     assert_eq!((&gap["type"], &gap["after"]), (&json!("gap"), &json!(lost[2].0)), "{gap}");
 }
 
+/// It takes over the state of another one, and no connection is lost.
+#[tokio::test]
+async fn a_redis_that_becomes_another_one_is_noticed() {
+    let (redis, other) = (Redis::start().await, Redis::start().await);
+    let gateway = gateway_with(&[RULES, ("HUBCAST_REDIS_URL", &redis.url())], |config| {
+        config.history_check_interval = Duration::from_secs(600);
+    });
+    ready(&gateway).await;
+    let (mut client, _) = subscribe(&gateway, CHANNEL, None).await;
+    let lost = published(&gateway, 0..3).await;
+    expect_all(&mut client, &lost).await;
+    redis.command(&["REPLICAOF", "127.0.0.1", &other.addr().port().to_string()]).await;
+    eventually("it to have nothing", async || redis.query::<u32>(&["DBSIZE"]).await.ok().filter(|size| *size == 0))
+        .await;
+    redis.command(&["REPLICAOF", "NO", "ONE"]).await;
+    let gap = client.json().await;
+    assert_eq!((&gap["type"], &gap["after"]), (&json!("gap"), &json!(lost[2].0)), "{gap}");
+}
+
 /// An answer that does not come in time says so; whatever became of the message, it is there at most once.
 #[tokio::test]
 async fn a_frozen_redis_leaves_an_unknown_outcome_and_no_duplicate() {
