@@ -8,7 +8,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use crate::number::{full, headline};
 use crate::panels;
-use crate::report::{Curve, Figure, Report, Step};
+use crate::report::{Curve, Figure, Report, Step, Violation};
 
 const STYLE: &str = include_str!("report.css");
 /// More tiles than this are a table.
@@ -42,6 +42,7 @@ pub(crate) fn page(report: &Report, ran_at: SystemTime) -> String {
                 main {
                     (notes(&report.notes))
                     (tiles(report))
+                    @if !report.violations.is_empty() { (section("Violations", &violations(&report.violations))) }
                     @if !report.capacity.is_empty() { (section("Capacity", &capacity(&report.capacity))) }
                     @if !report.latency.is_empty() { (section("Latency", &latency(&report.latency))) }
                     @if let Some(charts) = panels::timeline(&report.timeline) { (section("Over time", &charts)) }
@@ -73,6 +74,10 @@ fn notes(notes: &[String]) -> Markup {
             }
         }
     }
+}
+
+fn violations(violations: &[Violation]) -> Markup {
+    html! { ol { @for violation in violations { li { (violation) } } } }
 }
 
 /// The knee, the first figures, and the latency that belongs to them.

@@ -27,8 +27,11 @@ mod storm;
 mod summary;
 mod swarm;
 mod tally;
+mod verify;
 mod wire;
 mod world;
+
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
@@ -53,13 +56,15 @@ enum Command {
     Slow(slow::Options),
     /// Find the highest rate that holds
     Capacity(capacity::Options),
+    /// Prove that nothing is lost in silence, repeated or out of order
+    Verify(verify::Options),
     /// Serve the same wire with a bare send() loop, to compare with
     Floor(floor::Options),
     #[command(name = children::SUBCOMMAND, hide = true)]
     SubscriberProcess,
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
     match Options::parse().command {
         Command::Fanout(options) => fanout::run(&options),
         Command::Idle(options) => idle::run(&options),
@@ -67,7 +72,9 @@ fn main() -> anyhow::Result<()> {
         Command::Churn(options) => churn::run(&options),
         Command::Slow(options) => slow::run(&options),
         Command::Capacity(options) => capacity::run(&options),
+        Command::Verify(options) => return Ok(verify::run(&options)),
         Command::Floor(options) => floor::run(&options),
         Command::SubscriberProcess => children::run(),
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }

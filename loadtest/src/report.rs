@@ -1,5 +1,7 @@
 //! What one run found: the summary on the terminal, `--json` and `--html` all print this.
 
+use std::fmt;
+
 use serde::Serialize;
 
 /// One run.
@@ -19,6 +21,8 @@ pub(crate) struct Report {
     pub timeline: Vec<Second>,
     /// The steps of `capacity`, in the order they were tried; empty for the rest.
     pub capacity: Vec<Step>,
+    /// What `verify` holds against the deployment, the first of each kind; empty for the rest.
+    pub violations: Vec<Violation>,
     /// What the reader must know before believing the figures: the generator was the bottleneck, …
     pub notes: Vec<String>,
 }
@@ -68,4 +72,34 @@ pub(crate) struct Step {
     pub own_cpu_percent: f64,
     /// Whether latency, loss and rate stayed within bounds.
     pub held: bool,
+}
+
+/// A promise that was not kept.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Violation {
+    pub kind: &'static str,
+    /// Absent where it is not one channel's.
+    pub channel: Option<String>,
+    /// The number of the client that saw it.
+    pub client: Option<usize>,
+    /// Publisher and sequence number.
+    pub message: Option<String>,
+    /// What was seen around it.
+    pub text: String,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.kind)?;
+        if let Some(channel) = &self.channel {
+            write!(f, ", channel {channel}")?;
+        }
+        if let Some(client) = self.client {
+            write!(f, ", client {client}")?;
+        }
+        if let Some(message) = &self.message {
+            write!(f, ", message {message}")?;
+        }
+        write!(f, ": {}", self.text)
+    }
 }

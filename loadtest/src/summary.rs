@@ -12,6 +12,9 @@ use crate::options::{Crowd, Target};
 use crate::report::{Curve, Figure, Report, Second};
 use crate::world::{Connected, Run};
 
+/// So many violations fit on a screen.
+const VIOLATIONS_PRINTED: usize = 10;
+
 impl Report {
     /// An empty report of a command.
     pub(crate) fn new(command: &'static str, title: &str, target: &Target, crowd: &Crowd) -> Self {
@@ -74,11 +77,22 @@ impl Report {
 
     /// Prints the report and writes it where the options say. An error if anything was lost.
     pub(crate) fn deliver(&self, target: &Target) -> anyhow::Result<()> {
-        let is_json_printed = target.json.as_deref() == Some(Path::new("-"));
+        self.write(target.json.as_deref(), target.html.as_deref())?;
+        let count = |name| self.figures.iter().filter(|figure| figure.name == name).map(|it| it.value).sum::<f64>();
+        let (lost, repeated) = (count("lost"), count("repeated or out of order"));
+        if lost + repeated > 0.0 {
+            bail!("{lost} deliveries were lost, {repeated} repeated or out of order");
+        }
+        Ok(())
+    }
+
+    /// Prints the report and writes it as JSON and as a page.
+    pub(crate) fn write(&self, json: Option<&Path>, html: Option<&Path>) -> anyhow::Result<()> {
+        let is_json_printed = json == Some(Path::new("-"));
         if !is_json_printed {
             self.print();
         }
-        if let Some(path) = &target.json {
+        if let Some(path) = json {
             let json = serde_json::to_string_pretty(self)?;
             if is_json_printed {
                 println!("{json}");
@@ -86,14 +100,9 @@ impl Report {
                 fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
             }
         }
-        if let Some(path) = &target.html {
+        if let Some(path) = html {
             fs::write(path, html::page(self, SystemTime::now()))
                 .with_context(|| format!("cannot write {}", path.display()))?;
-        }
-        let count = |name| self.figures.iter().filter(|figure| figure.name == name).map(|it| it.value).sum::<f64>();
-        let (lost, repeated) = (count("lost"), count("repeated or out of order"));
-        if lost + repeated > 0.0 {
-            bail!("{lost} deliveries were lost, {repeated} repeated or out of order");
         }
         Ok(())
     }
@@ -118,6 +127,12 @@ impl Report {
                 step.lost,
                 if step.held { "held" } else { "broken" }
             );
+        }
+        for violation in self.violations.iter().take(VIOLATIONS_PRINTED) {
+            println!("  violation: {violation}");
+        }
+        if self.violations.len() > VIOLATIONS_PRINTED {
+            println!("  … and more, of which --json and --html tell the first hundred of each kind");
         }
         for note in &self.notes {
             println!("  note: {note}");

@@ -17,7 +17,7 @@ mod report;
 
 use std::time::{Duration, SystemTime};
 
-use report::{Curve, Figure, Report, Second, Step};
+use report::{Curve, Figure, Report, Second, Step, Violation};
 
 fn page(report: &Report) -> String {
     html::page(report, SystemTime::UNIX_EPOCH + Duration::from_secs(1_750_000_000))
@@ -99,6 +99,13 @@ fn full() -> Report {
             step(1300.0, 1_266_000.0, 88.0, false),
             step(1200.0, 1_199_000.0, 7.4, true),
         ],
+        violations: vec![Violation {
+            kind: "lost",
+            channel: Some("verify:0".to_owned()),
+            client: Some(7),
+            message: Some("1#42".to_owned()),
+            text: "never told missing in 1#41 <here> 1#43".to_owned(),
+        }],
         notes: vec![
             "The generator used 96 % of its core in 3 of 30 seconds: the server may be faster than this.".to_owned(),
             "Server and generator share 2 cores <no pinning> & one host.".to_owned(),
@@ -114,9 +121,14 @@ fn a_full_report_has_every_section() {
         std::fs::write(&path, &page).unwrap();
         println!("written to {}", path.display());
     }
-    for title in ["Before you believe the figures", "Capacity", "Latency", "Over time", "All figures", "Settings"] {
+    for title in
+        ["Before you believe the figures", "Violations", "Capacity", "Latency", "Over time", "All figures", "Settings"]
+    {
         assert!(page.contains(&format!("<h2>{title}</h2>")), "{title}");
     }
+    assert!(
+        page.contains("lost, channel verify:0, client 7, message 1#42: never told missing in 1#41 &lt;here&gt; 1#43")
+    );
     assert!(page.contains("2025-06-15 15:06:40 UTC"));
     assert!(page.contains(concat!("hubcast-loadtest ", env!("CARGO_PKG_VERSION"))));
     // Five charts, each for a wide and for a narrow page.
