@@ -117,7 +117,9 @@ impl Client {
                 break;
             }
             let delay = self.ended(&end);
-            self.stage.pause(delay, Phase::Over).await;
+            // Whoever waits for long comes back when the run settles.
+            let until = if self.stage.phase() == Phase::Publish { Phase::Settle } else { Phase::Over };
+            self.stage.pause(delay, until).await;
         }
         self.slots.into_iter().map(|slot| (slot.channel, slot.log)).collect()
     }
@@ -148,6 +150,7 @@ impl Client {
         }
         if end.is_on_purpose {
             count(&self.stage.tally.left);
+            self.comeback = Comeback::default();
             return AWAY_MAX.mul_f64(self.random.random());
         }
         count(&self.stage.tally.ended);
