@@ -1,7 +1,8 @@
 //! Load generator for Hubcast: what a gateway does on *this* machine, next to what the kernel alone costs.
 //!
 //! One event loop ([`world`]) carries subscribers ([`swarm`]), publishers ([`publisher`]) and, for some
-//! commands, a companion that disturbs them. Each command is one file.
+//! commands, a companion that disturbs them. Each command is one file; [`verify`] is about promises, not speed, and has
+//! tasks instead.
 
 #![allow(clippy::print_stdout, reason = "a report on the terminal is what this program is for")]
 
