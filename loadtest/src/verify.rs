@@ -176,6 +176,7 @@ async fn observe(options: &Options) -> anyhow::Result<Evidence> {
     let mut clients = clients(options, &stage, seed);
     let subscriptions = options.clients * options.subscriptions();
     let mut is_stopped = await_start(&stage, &mut stop, subscriptions).await?;
+    stage.enter(Phase::Publish);
     let mut publishing = JoinSet::new();
     for publisher in publishers {
         publishing.spawn(publisher.run());

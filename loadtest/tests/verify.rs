@@ -242,7 +242,7 @@ fn cheated(publication: &Publication, now: Cheat, cheat: Cheat, held: &mut Optio
 
 fn verify((url, api): &(String, String), more: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hubcast-loadtest"));
-    let shape = "verify --channels 1 --clients 4 --publishers 1 --rate 200 --settle 0.3 --quiet --json - --leavers";
+    let shape = "verify --channels 1 --clients 4 --publishers 1 --rate 200 --settle 1 --quiet --json - --leavers";
     command.args(shape.split(' ')).args(more.split(' ')).args(["--url", url, "--api", api]);
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     command

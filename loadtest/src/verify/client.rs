@@ -118,7 +118,7 @@ impl Client {
             }
             let delay = self.ended(&end);
             // Whoever waits for long comes back when the run settles.
-            let until = if self.stage.phase() == Phase::Publish { Phase::Settle } else { Phase::Over };
+            let until = if self.stage.phase() < Phase::Settle { Phase::Settle } else { Phase::Over };
             self.stage.pause(delay, until).await;
         }
         self.slots.into_iter().map(|slot| (slot.channel, slot.log)).collect()
@@ -171,8 +171,7 @@ impl Client {
     /// Serves one connection to its end.
     async fn talk(&mut self, socket: &mut Socket) -> End {
         let mut phase = self.stage.watch();
-        let stay = self.stay.filter(|_| *phase.borrow_and_update() == Phase::Publish);
-        let mut leave = stay.map(|stay| Instant::now() + stay.mul_f64(self.random.random_range(0.0..2.0)));
+        let mut leave = self.leave_at(*phase.borrow_and_update());
         let mut go = None;
         let mut ping = Instant::now() + PING_INTERVAL;
         let mut heard = Instant::now();
@@ -180,7 +179,7 @@ impl Client {
             tokio::select! {
                 _ = phase.changed() => {
                     let now = *phase.borrow_and_update();
-                    leave = leave.filter(|_| now == Phase::Publish);
+                    leave = self.leave_at(now);
                     if now == Phase::Over {
                         // All is written down; whether the goodbye arrives does not matter.
                         let _ = timeout(PATIENCE, socket.close(None)).await;
@@ -226,6 +225,12 @@ impl Client {
                 }
             }
         }
+    }
+
+    /// When to leave a connection on purpose.
+    fn leave_at(&mut self, phase: Phase) -> Option<Instant> {
+        let stay = self.stay.filter(|_| phase == Phase::Publish)?;
+        Some(Instant::now() + stay.mul_f64(self.random.random_range(0.0..2.0)))
     }
 
     /// Half of those who leave say so, the others are just gone.

@@ -9,6 +9,8 @@ use tokio::sync::watch;
 /// How far a run is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Phase {
+    /// All come.
+    Gather,
     /// Publishers publish, clients come and go.
     Publish,
     /// Nothing new; clients stay, and wait for what is under way.
@@ -56,7 +58,7 @@ impl Stage {
             urls,
             idempotent,
             started: Instant::now(),
-            phase: watch::Sender::new(Phase::Publish),
+            phase: watch::Sender::new(Phase::Gather),
             failure: OnceLock::new(),
             tally: Tally::default(),
         }
