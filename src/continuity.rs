@@ -29,7 +29,7 @@ pub enum Output<J> {
     /// Read stream and position, in one atomic step; whoever knows that the position is still `unless` may leave the
     /// stream out. Answer by [`Follow::read_answered`].
     Read {
-        /// The position that is held, if nothing else is waited for.
+        /// The position that is held, if the stream is of no use while that is the newest.
         unless: Option<Cursor>,
     },
     /// Mark a loss. Answer by [`Follow::marked`].
@@ -168,6 +168,11 @@ impl<J: PartialEq> Follow<J> {
         self.is_confirmed
     }
 
+    /// Whether somebody, or a message, waits for a read.
+    pub fn is_awaited(&self) -> bool {
+        !self.serving.is_empty() || !self.hold.is_empty()
+    }
+
     /// Somebody subscribes, perhaps after a cursor. It is let in once a read says so that is sent after this, and after
     /// the SUBSCRIBE was confirmed.
     pub fn join(&mut self, who: J, after: Option<Cursor>, out: &mut Vec<Output<J>>) {
@@ -197,7 +202,9 @@ impl<J: PartialEq> Follow<J> {
         }
         self.recent = (!self.serving.is_empty()).then(Vec::new);
         self.busy = Busy::Reading { before: self.must.or(self.position), asked: self.number };
-        let is_only_a_check = self.hold.is_empty() && self.serving.is_empty() && self.must.is_none() && !self.skips;
+        // Whoever begins at the position has no need of what was before it.
+        let wants_past = self.serving.iter().any(|joiner| joiner.after.is_some() || self.is_cached);
+        let is_only_a_check = self.hold.is_empty() && !wants_past && self.must.is_none() && !self.skips;
         out.push(Output::Read { unless: self.position.filter(|_| is_only_a_check) });
     }
 

@@ -173,12 +173,13 @@ impl Following {
         let State { follow, out } = &mut *state;
         let result = act(follow, out, fanout);
         self.active_us.store(clock::now_us(), Ordering::Relaxed);
+        let is_awaited = follow.is_awaited();
         let mut replays = Replays::new(&self.name);
         for output in out.drain(..) {
             match output {
-                Output::Read { unless } => self.request(What::Read(unless)),
-                Output::Mark(loss) => self.request(What::Mark(loss)),
-                Output::Pause => self.request(What::Pause),
+                Output::Read { unless } => self.request(What::Read(unless), is_awaited),
+                Output::Mark(loss) => self.request(What::Mark(loss), true),
+                Output::Pause => self.request(What::Pause, false),
                 Output::Tell(told) => channel.into_iter().for_each(|channel| tell(channel, told.clone(), fanout)),
                 Output::Admit(admission) => {
                     channel.into_iter().for_each(|channel| channel.let_in(&admission, &mut replays, fanout));
@@ -199,7 +200,7 @@ impl Following {
         for output in out {
             // Nobody is told anything before the answer.
             if let Output::Read { unless } = output {
-                self.request(What::Read(unless));
+                self.request(What::Read(unless), false);
             }
         }
     }
@@ -209,9 +210,9 @@ impl Following {
         Arc::strong_count(self) > 1
     }
 
-    fn request(self: &Arc<Self>, what: What) {
+    fn request(self: &Arc<Self>, what: What, is_awaited: bool) {
         let mut lists = self.requests.list.lock();
-        let list = if matches!(what, What::Read(Some(_))) { &mut lists.checks } else { &mut lists.urgent };
+        let list = if is_awaited { &mut lists.urgent } else { &mut lists.checks };
         list.push_back(Request { following: Arc::clone(self), what });
         self.requests.notify.notify_one();
     }
