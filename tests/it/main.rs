@@ -28,6 +28,7 @@ mod continuity_world;
 mod deploy;
 mod drain;
 mod failover;
+mod faults;
 mod history;
 mod history_model;
 mod hub_model;
