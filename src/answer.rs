@@ -74,7 +74,11 @@ pub(crate) fn bad_json(error: &serde_json::Error) -> ApiError {
 }
 
 pub(crate) fn error_json(refusal: &Refusal) -> Value {
-    json!({ "code": refusal.code.as_str(), "message": refusal.message })
+    let mut error = json!({ "code": refusal.code.as_str(), "message": refusal.message });
+    if refusal.code == ErrorCode::OutcomeUnknown {
+        error["outcome"] = "unknown".into();
+    }
+    error
 }
 
 /// `{"error":{"code","message"}}` with the fitting status.

@@ -9,7 +9,7 @@ use crate::cursor::Cursor;
 use crate::frame::Frame;
 use crate::history_view::{Gap, Start};
 use crate::presence_store::{self, Event};
-use crate::protocol::{CHANNEL_BYTES_MAX, Refusal};
+use crate::protocol::{CHANNEL_BYTES_MAX, ErrorCode, Refusal};
 use crate::publication::{self, Message};
 
 /// What a client is told about its connection, first of all.
@@ -141,8 +141,10 @@ pub fn error(id: Option<&str>, refusal: &Refusal, channel: Option<&str>) -> Arc<
     if let Some(retry_after_ms) = refusal.retry_after_ms {
         json.push_str(&format!(r#","retry_after_ms":{retry_after_ms}"#));
     }
-    json.push('}');
-    Frame::text(&json)
+    if refusal.code == ErrorCode::OutcomeUnknown {
+        json.push_str(r#","outcome":"unknown""#);
+    }
+    ended_object(json)
 }
 
 fn reply(kind: &str, id: Option<&str>, channel: Option<&str>) -> Arc<Frame> {

@@ -59,7 +59,8 @@ end
 ";
 
 /// Appends `content` as `field`. The stream is trimmed to size roughly here, and exactly where it is looked at. It outlives
-/// its newest entry's age by at most as long again: its expiry is renewed once in that time.
+/// its newest entry's age by at most as long again, and so does the position what is asked for: both are renewed once in
+/// that time.
 const APPEND: &str = r"
 local is_new = not call('XADD', stream, 'NOMKSTREAM', 'MAXLEN', '~', size, id, 'p', last, field, content)
 if is_new then
@@ -67,8 +68,10 @@ if is_new then
 end
 if is_new or now - now % ttl > before or now < before then
     call('PEXPIREAT', stream, format('%d', math.max(now, before) + 2 * ttl))
+    call('SET', top, id, 'PX', format('%d', keep + ttl))
+else
+    call('SET', top, id, 'KEEPTTL')
 end
-call('SET', top, id, 'PX', keep)
 ";
 
 /// Comes last.
@@ -105,12 +108,12 @@ end
 call('XTRIM', stream, 'MAXLEN', size)
 call('XTRIM', stream, 'MINID', format('%d', math.max(now - ttl + 1, 0)))
 if own == last or #call('XRANGE', stream, own, own) > 0 then
-    call('SET', top, last, 'PX', keep)
+    call('SET', top, last, 'PX', format('%d', keep + ttl))
     return {'exists', last}
 end
 for _, entry in ipairs(call('XRANGE', stream, '-', '+')) do
     if entry[2][3] == 'm' and entry[2][4] == content and (content ~= '-' or not passed[entry[1]]) then
-        call('SET', top, last, 'PX', keep)
+        call('SET', top, last, 'PX', format('%d', keep + ttl))
         return {'already', entry[1]}
     end
 end
@@ -131,9 +134,9 @@ local last = redis.call('GET', top)
 if not last then
     redis.call('DEL', stream)
     last = string.format('%d-%s', now, random)
-    redis.call('SET', top, last, 'PX', keep)
+    redis.call('SET', top, last, 'PX', string.format('%d', keep + ttl))
 else
-    redis.call('PEXPIRE', top, keep)
+    redis.call('PEXPIRE', top, string.format('%d', keep + ttl))
 end
 if last == ARGV[5] then
     return {last, {}}

@@ -57,8 +57,8 @@ pub enum ErrorCode {
 }
 
 impl ErrorCode {
-    /// The code as it is written in replies. An unknown outcome is `unavailable` to a client;
-    /// the message tells the difference.
+    /// The code as it is written in replies. An unknown outcome is `unavailable`, and the error's `outcome` tells the
+    /// difference.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::BadRequest => "bad_request",

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -25,7 +26,12 @@ struct World {
     proxy: Proxy,
     instances: Vec<Instance>,
     random: StdRng,
+    /// The faults that come before the first one comes again.
+    deck: Vec<u32>,
 }
+
+/// How many there are.
+const FAULTS: u32 = 10;
 
 struct Instance {
     public: Port,
@@ -79,7 +85,7 @@ impl World {
         redis.restart().await;
         let proxy = Proxy::start(redis.addr()).await;
         let instances = vec![Instance::new(redis.url()), Instance::new(format!("redis://{}/", proxy.addr()))];
-        Self { redis, _dir: dir, proxy, instances, random: StdRng::seed_from_u64(seed) }
+        Self { redis, _dir: dir, proxy, instances, random: StdRng::seed_from_u64(seed), deck: Vec::new() }
     }
 
     fn millis(&mut self, range: std::ops::Range<u64>) -> Duration {
@@ -89,7 +95,11 @@ impl World {
     /// One more, and the end of it.
     async fn fault(&mut self) -> &'static str {
         let at = self.random.random_range(0..self.instances.len());
-        match self.random.random_range(0..10) {
+        if self.deck.is_empty() {
+            self.deck = (0..FAULTS).collect();
+            self.deck.shuffle(&mut self.random);
+        }
+        match self.deck.pop().unwrap_or_default() {
             0 => self.replace(at, Signal::KILL, "an instance is killed").await,
             1 => self.replace(at, Signal::TERM, "an instance is drained").await,
             2 => {
@@ -164,6 +174,7 @@ fn verify(world: &World, seed: u64, seconds: u64) -> Process {
     Process(child)
 }
 
+#[expect(clippy::disallowed_methods, reason = "whoever runs the tests says how long")]
 fn setting(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }

@@ -210,7 +210,7 @@ impl Both {
 
     /// All keys expire, the stream with its newest entry.
     async fn check_keys(&mut self, place: &Place, retention: &Retention) {
-        for (key, most) in [(&place.stream, 2 * retention.ttl), (&place.top, retention.position_ttl)] {
+        for (key, most) in [(&place.stream, 2 * retention.ttl), (&place.top, retention.position_ttl + retention.ttl)] {
             let left: i64 = redis::cmd("PTTL").arg(key).query_async(&mut self.link).await.unwrap();
             assert!(left == -2 || (0..=most.as_millis() as i64).contains(&left), "{key} lives for {left}");
         }

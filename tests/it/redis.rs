@@ -297,6 +297,7 @@ async fn a_frozen_redis_is_found_out_and_everything_else_goes_on() {
     redis.freeze();
     let unknown = http(&gateway, "POST /api/publish/c", "", b"1").await;
     assert_eq!((unknown.status, &unknown.json()["error"]["code"]), (504, &json!("unavailable")));
+    assert_eq!(unknown.json()["error"]["outcome"], "unknown");
     eventually("publishes are refused", async || {
         (http(&gateway, "POST /api/publish/c", "", b"2").await.status == 503).then_some(())
     })

@@ -30,8 +30,8 @@ export class HubcastError extends Error {
 
   /** @internal */
   static of(frame: ErrorFrame): HubcastError {
-    // `unavailable` also stands for a Redis that did not answer in time; only its text tells the difference.
-    const outcome = frame.code === "unavailable" ? "unknown" : "refused";
+    // `unavailable` also stands for a Redis that did not answer in time.
+    const outcome = frame.outcome === "unknown" ? "unknown" : "refused";
     return new HubcastError(frame.code, frame.message, outcome, frame.retry_after_ms, frame.channel);
   }
 

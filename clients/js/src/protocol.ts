@@ -60,6 +60,8 @@ export interface ErrorFrame {
   message: string;
   channel?: string;
   retry_after_ms?: number;
+  /** `unknown`: it may have been done all the same. */
+  outcome?: string;
 }
 
 export interface PresenceFrame {

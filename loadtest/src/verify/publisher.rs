@@ -24,10 +24,7 @@ const ATTEMPTS: usize = 20;
 const LATE_MAX: Duration = Duration::from_secs(1);
 
 /// The codes that say that nothing was sent, whatever came of the rest of the request.
-const REFUSALS: [&str; 5] = ["bad_request", "forbidden", "too_large", "limit_exceeded", "rate_limited"];
-
-/// One that says so only if no outcome of its request is unknown (504): then it may be meant by this.
-const UNAVAILABLE: &str = "unavailable";
+const REFUSALS: [&str; 6] = ["bad_request", "forbidden", "too_large", "limit_exceeded", "rate_limited", "unavailable"];
 
 pub(crate) struct Publisher {
     stage: Arc<Stage>,
@@ -71,6 +68,8 @@ struct OneResult<'a> {
 #[derive(Deserialize)]
 struct ResultError {
     code: String,
+    /// `unknown`, where it is.
+    outcome: Option<String>,
 }
 
 /// What is known of each message of a request.
@@ -177,20 +176,17 @@ impl Publisher {
             self.complaint = Some(format!("{status} {}", String::from_utf8_lossy(body).trim()));
         }
         match serde_json::from_slice::<Results<'_>>(body) {
-            Ok(Results { results }) if results.len() == self.batch => {
-                results.iter().map(|result| outcome(status, result)).collect()
-            }
+            Ok(Results { results }) if results.len() == self.batch => results.iter().map(outcome).collect(),
             _ if status.is_client_error() || status == StatusCode::SERVICE_UNAVAILABLE => all(Outcome::Refused),
             _ => all(Outcome::Unknown),
         }
     }
 }
 
-fn outcome(status: StatusCode, result: &OneResult<'_>) -> (Outcome, Mark) {
+fn outcome(result: &OneResult<'_>) -> (Outcome, Mark) {
     let outcome = match &result.error {
         None => Outcome::Acked,
-        Some(error) if error.code == UNAVAILABLE && status == StatusCode::SERVICE_UNAVAILABLE => Outcome::Refused,
-        Some(error) if REFUSALS.contains(&error.code.as_str()) => Outcome::Refused,
+        Some(error) if error.outcome.is_none() && REFUSALS.contains(&error.code.as_str()) => Outcome::Refused,
         Some(_) => Outcome::Unknown,
     };
     (outcome, Mark::of(result.cursor))

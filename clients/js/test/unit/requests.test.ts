@@ -40,6 +40,7 @@ test("a refusal carries its code and when to try again", async () => {
     message: "away",
     channel: "chat",
     retry_after_ms,
+    outcome: "unknown",
   });
   await assert.rejects(publish, (error) => {
     assert.ok(error instanceof HubcastError);
