@@ -45,6 +45,8 @@ impl Gathering {
 pub struct Bundle {
     bytes: Vec<u8>,
     parts: Vec<Part>,
+    /// Where the channel stood before the first of them.
+    pub before: Option<Cursor>,
 }
 
 /// One of them.
@@ -75,8 +77,11 @@ impl Bundle {
                 && self.bytes.len() + payload.bytes().len() <= gathering.bytes_max
     }
 
-    /// Adds a publication.
-    pub fn add(&mut self, message: Message<'_>) {
+    /// Adds a publication to a channel that stood there before.
+    pub fn add(&mut self, message: Message<'_>, before: Option<Cursor>) {
+        if self.is_empty() {
+            self.before = before;
+        }
         let Message { payload, cursor } = message;
         self.bytes.extend_from_slice(payload.bytes());
         self.parts.push(Part { end: self.bytes.len(), is_json: matches!(payload, Payload::Json(_)), cursor });

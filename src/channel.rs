@@ -21,7 +21,8 @@ use crate::frame::Frame;
 use crate::history_memory;
 use crate::history_view::{Gap, Start};
 use crate::members::{Members, Position};
-use crate::publication::{Format, Message, Publication};
+use crate::publication::{Format, Message, Origin, Publication};
+use crate::slow_policy::SlowPolicy;
 use crate::ticket::{Place, Seat, Ticket};
 use crate::upstream::{Step, Upstream};
 
@@ -36,6 +37,7 @@ pub(crate) struct Nature {
     /// Subscribers begin with the last event.
     pub is_cached: bool,
     pub past: Option<Past>,
+    pub slow: SlowPolicy,
 }
 
 /// Where the past of a channel with history is.
@@ -171,25 +173,30 @@ impl<S: Subscriber> Channel<S> {
     pub fn gather(self: &Arc<Self>, message: Message<'_>, fanout: &mut Fanout<S>) {
         let mut state = self.state.lock();
         state.tell_late(fanout);
-        state.cursor = message.cursor.or(state.cursor);
-        if !Bundle::is_for(message.payload) {
-            state.deliver(&self.name, fanout);
-            return state.push(&Publication::new(&self.name, &[message]), fanout);
+        let before = state.cursor;
+        state.cursor = message.cursor.or(before);
+        if !Bundle::is_for(message.payload) || self.nature.slow.is_latest() {
+            state.deliver(self, fanout);
+            return state.push(&Publication::of(self.origin(before), &[message]), fanout);
         }
         if !state.gathered.has_room(message.payload, &self.nature.gathering) {
-            state.deliver(&self.name, fanout);
+            state.deliver(self, fanout);
         }
         let is_known = fanout.gathered.last().is_some_and(|last| Arc::ptr_eq(last, self));
         // A window has one timer; otherwise everybody who publishes can have it delivered.
         if !is_known && (state.gathered.is_empty() || self.window().is_zero()) {
             fanout.gathered.push(Arc::clone(self));
         }
-        state.gathered.add(message);
+        state.gathered.add(message, before);
+    }
+
+    fn origin(&self, before: Option<Cursor>) -> Origin<'_> {
+        Origin { channel: &self.name, slow: &self.nature.slow, before }
     }
 
     /// Pushes what was gathered to every member.
     pub fn deliver(&self, fanout: &mut Fanout<S>) {
-        self.state.lock().deliver(&self.name, fanout);
+        self.state.lock().deliver(self, fanout);
     }
 
     /// Joins now if the channel is live (the reply goes first), or as soon as it is. Without a wish there is no reply.
@@ -201,7 +208,7 @@ impl<S: Subscriber> Channel<S> {
         if state.is_removed {
             return Join::Removed;
         }
-        state.deliver(&self.name, fanout);
+        state.deliver(self, fanout);
         state.idle_since_us = None;
         if state.upstream == Upstream::Live {
             if let Some(wish) = wish {
@@ -216,7 +223,7 @@ impl<S: Subscriber> Channel<S> {
     /// Answers a repeated subscribe: at once if joined, else together with the first. False: too many wait already.
     pub(crate) fn repeat(&self, ticket: &Ticket, subscriber: &S, wish: Wish<'_>, fanout: &mut Fanout<S>) -> bool {
         let mut state = self.state.lock();
-        state.deliver(&self.name, fanout);
+        state.deliver(self, fanout);
         let cursor = state.cursor;
         let pending = match ticket.place() {
             Place::Waiting(position) => state.pending.get_mut(position),
@@ -240,7 +247,7 @@ impl<S: Subscriber> Channel<S> {
         let mut following = self.following().map(Following::hold);
         let mut state = self.state.lock();
         if reply.is_some() {
-            state.deliver(&self.name, fanout);
+            state.deliver(self, fanout);
         }
         match ticket.place() {
             Place::Joined(position) => {
@@ -321,7 +328,7 @@ impl<S: Subscriber> Channel<S> {
         if !state.upstream.confirm_subscribe() {
             return false;
         }
-        state.deliver(&self.name, fanout);
+        state.deliver(self, fanout);
         if std::mem::take(&mut state.owes_gap) {
             let gap = Gap::upstream(state.cursor);
             state.tell_gap(&self.name, &gap, fanout);
@@ -377,7 +384,7 @@ impl<S: Subscriber> Channel<S> {
     /// Continuity broke here: tells the members.
     pub(crate) fn tell_gap(&self, gap: &Gap, fanout: &mut Fanout<S>) {
         let mut state = self.state.lock();
-        state.deliver(&self.name, fanout);
+        state.deliver(self, fanout);
         state.tell_gap(&self.name, gap, fanout);
     }
 
@@ -392,16 +399,16 @@ impl<S: Subscriber> Channel<S> {
     /// Tells the members who came or went, in the channel's order.
     pub fn tell(&self, frame: &Arc<Frame>, fanout: &mut Fanout<S>) {
         let mut state = self.state.lock();
-        state.deliver(&self.name, fanout);
+        state.deliver(self, fanout);
         state.tell(frame, fanout);
     }
 }
 
 impl<S: Subscriber> State<S> {
-    pub(crate) fn deliver(&mut self, name: &str, fanout: &mut Fanout<S>) {
+    pub(crate) fn deliver(&mut self, channel: &Channel<S>, fanout: &mut Fanout<S>) {
         if !self.gathered.is_empty() {
             let gathered = std::mem::take(&mut self.gathered);
-            self.push(&Publication::new(name, &gathered.messages()), fanout);
+            self.push(&Publication::of(channel.origin(gathered.before), &gathered.messages()), fanout);
         }
     }
 

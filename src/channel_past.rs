@@ -28,7 +28,7 @@ impl<S: Subscriber> Channel<S> {
                     return Join::Removed;
                 }
                 let start = past.start(wish.and_then(|wish| wish.after), self.nature.is_cached);
-                state.deliver(self.name(), fanout);
+                state.deliver(self, fanout);
                 if let Some(wish) = wish {
                     let frames = Replays::new(self.name()).frames(&start.missed);
                     fanout.push(subscriber, &event::subscribed(wish.id, self.name(), Some(&start)));
@@ -54,7 +54,7 @@ impl<S: Subscriber> Channel<S> {
         let start = &admission.start;
         let frames = replays.frames(&start.missed);
         let mut state = self.state.lock();
-        state.deliver(self.name(), fanout);
+        state.deliver(self, fanout);
         if let Some(pending) = state.pending.remove(admission.joiner) {
             state.begin(start, fanout);
             state.admit(self, pending, Some(start), &frames, fanout);

@@ -112,7 +112,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "HUBCAST_CHANNEL_RULES",
         "",
-        "JSON list of rules, first match wins: {\"match\":\"chat:*\",\"client_publish\":true,\"presence\":true,\"history\":{\"size\":100,\"ttl\":\"10m\"},\"cache\":true,\"slow\":\"close\",\"coalesce\":\"5ms\"}. Without any, clients may publish everywhere.",
+        "JSON list of rules, first match wins: {\"match\":\"chat:*\",\"client_publish\":true,\"presence\":true,\"history\":{\"size\":100,\"ttl\":\"10m\"},\"cache\":true,\"slow\":\"drop_oldest\",\"coalesce\":\"5ms\"}. Without any, clients may publish everywhere.",
     ),
     variable(
         "HUBCAST_COALESCE",

@@ -14,6 +14,7 @@ use tokio::net::TcpStream;
 
 use crate::clock;
 use crate::close::CloseReason;
+use crate::eviction::Evicted;
 use crate::fanout::{Fanout, Subscriber};
 use crate::frame::{Frame, Opcode};
 use crate::lanes::Lanes;
@@ -366,8 +367,15 @@ impl Subscriber for Arc<Connection> {
 
     fn push(&self, frame: &Arc<Frame>) -> Push {
         let push = self.outbox.push(frame, &self.shared.outbox);
-        if push == Push::Slow {
-            self.shared.metrics.dropped(DropReason::SlowConsumer, frame.messages());
+        let metrics = &self.shared.metrics;
+        match push {
+            Push::Slow => metrics.dropped(DropReason::SlowConsumer, frame.messages()),
+            Push::Dropped => metrics.dropped(DropReason::DropOldest, frame.messages()),
+            Push::Evicted(Evicted { oldest, conflated }) => {
+                metrics.dropped(DropReason::DropOldest, oldest);
+                metrics.dropped(DropReason::Conflated, conflated);
+            }
+            Push::Queued | Push::Schedule | Push::Late | Push::Closed => {}
         }
         push
     }

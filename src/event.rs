@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use crate::cursor::Cursor;
+use crate::eviction::Loss;
 use crate::frame::Frame;
 use crate::history_view::{Gap, Start};
 use crate::presence_store::{self, Event};
@@ -47,17 +48,19 @@ pub fn subscribed(id: Option<&str>, channel: &str, start: Option<&Start>) -> Arc
     if let Some(start) = start {
         json.push_str(&format!(r#","cursor":"{}","recovered":{}"#, start.cursor, start.recovered));
     }
-    ended_object(json)
+    json.push('}');
+    Frame::border(channel, &json)
 }
 
 /// `{"type":"unsubscribed",…}`, the answer to a command.
 pub fn unsubscribed(id: Option<&str>, channel: &str) -> Arc<Frame> {
-    reply("unsubscribed", id, Some(channel))
+    Frame::border(channel, &format!("{}}}", begun("unsubscribed", id, Some(channel))))
 }
 
 /// `{"type":"unsubscribed",…}`, because the backend wants it.
 pub fn ended(channel: &str) -> Arc<Frame> {
-    Frame::text(&format!(r#"{{"type":"unsubscribed","channel":"{channel}","reason":"backend"}}"#))
+    let json = format!(r#"{{"type":"unsubscribed","channel":"{channel}","reason":"backend"}}"#);
+    Frame::border(channel, &json)
 }
 
 /// `{"type":"published",…}`
@@ -71,12 +74,17 @@ pub fn published(id: &str, cursor: Option<Cursor>) -> Arc<Frame> {
 
 /// `{"type":"pong",…}`
 pub fn pong(id: Option<&str>) -> Arc<Frame> {
-    reply("pong", id, None)
+    ended_object(begun("pong", id, None))
 }
 
 /// `{"type":"gap",…}`: continuity broke before this frame.
 pub fn gap(channel: &str, gap: &Gap) -> Arc<Frame> {
     Frame::text(&gap_json(channel, gap))
+}
+
+/// `{"type":"gap",…}` for one client alone: what it was too slow for.
+pub fn lost(loss: Loss) -> Arc<Frame> {
+    Frame::gap(&gap_json(&loss.channel, &loss.gap), loss)
 }
 
 /// The same as part of another object.
@@ -145,10 +153,6 @@ pub fn error(id: Option<&str>, refusal: &Refusal, channel: Option<&str>) -> Arc<
         json.push_str(r#","outcome":"unknown""#);
     }
     ended_object(json)
-}
-
-fn reply(kind: &str, id: Option<&str>, channel: Option<&str>) -> Arc<Frame> {
-    ended_object(begun(kind, id, channel))
 }
 
 /// The first members of an object.

@@ -109,7 +109,7 @@ impl<S: Subscriber> Fanout<S> {
 
     fn note(&mut self, subscriber: &S, push: Push) -> bool {
         match push {
-            Push::Queued => true,
+            Push::Queued | Push::Evicted(_) => true,
             Push::Schedule => {
                 self.schedule(subscriber.clone());
                 true
@@ -122,7 +122,7 @@ impl<S: Subscriber> Fanout<S> {
                 self.slow.push(subscriber.clone());
                 false
             }
-            Push::Closed => false,
+            Push::Dropped | Push::Closed => false,
         }
     }
 

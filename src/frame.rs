@@ -3,11 +3,13 @@
 //! Server frames are unmasked (RFC 6455 §5.1), so header and payload are the same bytes
 //! for all subscribers: a [`Frame`] is one buffer, and a queue holds only an `Arc` of it. Messages
 //! that are published together are bundled: still a frame each on the wire, but one entry of the queue.
+//! What eviction has to know of publications is made once with them, and shared likewise.
 
 use std::sync::Arc;
 
 use crate::clock;
 use crate::close::CloseReason;
+use crate::eviction::{Border, Evictable, Loss};
 
 /// Longest payload of a control frame (RFC 6455 §5.5).
 pub const CONTROL_PAYLOAD_BYTES_MAX: usize = 125;
@@ -35,10 +37,24 @@ pub enum Opcode {
 pub struct Frame {
     bytes: Box<[u8]>,
     messages: u32,
+    role: Role,
     /// It is of the past, and does not count against the bounds of an outbox.
     pub is_replay: bool,
     /// When it was made, in microseconds of [`clock::now_us`].
     pub created_us: u64,
+}
+
+/// What a frame is to the queue of a slow consumer.
+#[derive(Debug)]
+pub enum Role {
+    /// It stays, and says nothing about what may go.
+    Plain,
+    /// It stays, and a subscription begins or ends with it.
+    Border(Border),
+    /// Publications that may go.
+    Event(Box<Evictable>),
+    /// It tells what went.
+    Gap(Box<Loss>),
 }
 
 impl Frame {
@@ -76,9 +92,40 @@ impl Frame {
         Arc::new(Self { is_replay: true, ..Self::of(bytes, 1) })
     }
 
+    /// As [`Frame::bundle`], of a channel whose slow consumers lose publications.
+    pub fn evictable(bytes: Vec<u8>, messages: usize, event: Evictable) -> Arc<Self> {
+        Arc::new(Self { role: Role::Event(Box::new(event)), ..Self::of(bytes, messages) })
+    }
+
+    /// A text frame with which a subscription to the channel begins or ends.
+    pub fn border(channel: &str, payload: &str) -> Arc<Self> {
+        Self::text_of(Role::Border(Border::of(channel)), payload)
+    }
+
+    /// A text frame that tells a slow consumer what it lost.
+    pub fn gap(payload: &str, loss: Loss) -> Arc<Self> {
+        Self::text_of(Role::Gap(Box::new(loss)), payload)
+    }
+
+    fn text_of(role: Role, payload: &str) -> Arc<Self> {
+        let mut bytes = Vec::new();
+        encode(&mut bytes, Opcode::Text, &[payload.as_bytes()]);
+        Arc::new(Self { role, ..Self::of(bytes, 1) })
+    }
+
     fn of(bytes: Vec<u8>, messages: usize) -> Self {
         let bytes = bytes.into_boxed_slice();
-        Self { bytes, messages: messages as u32, is_replay: false, created_us: clock::now_us() }
+        Self { bytes, messages: messages as u32, role: Role::Plain, is_replay: false, created_us: clock::now_us() }
+    }
+
+    /// What it is to the queue of a slow consumer.
+    pub fn role(&self) -> &Role {
+        &self.role
+    }
+
+    /// Whether it waits only as long as nothing else needs its place, or tells of what did.
+    pub fn is_lossy(&self) -> bool {
+        matches!(self.role, Role::Event(_) | Role::Gap(_))
     }
 
     /// Header and payload as they go over the wire.
@@ -122,7 +169,8 @@ impl Frame {
         }
         let end = border + frame_len(&self.bytes[border..]);
         let bytes = self.bytes[..end].into();
-        Some(Arc::new(Self { bytes, messages: complete as u32 + 1, ..**self }))
+        let (is_replay, created_us) = (self.is_replay, self.created_us);
+        Some(Arc::new(Self { bytes, messages: complete as u32 + 1, role: Role::Plain, is_replay, created_us }))
     }
 
     /// Where its frames end.

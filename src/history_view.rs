@@ -86,6 +86,8 @@ pub enum GapReason {
     Upstream,
     /// What was missed is older than the history.
     Trimmed,
+    /// The client was too slow for its channel's rule.
+    Slow,
 }
 
 impl GapReason {
@@ -94,6 +96,7 @@ impl GapReason {
         match self {
             Self::Upstream => "upstream",
             Self::Trimmed => "trimmed",
+            Self::Slow => "slow",
         }
     }
 }

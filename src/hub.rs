@@ -292,6 +292,7 @@ impl<S: Subscriber> Hub<S> {
             has_presence: self.rules.presence(name),
             is_cached,
             past,
+            slow: self.rules.slow(name),
         }
     }
 }

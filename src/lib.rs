@@ -7,6 +7,9 @@
 //! 4. `outbox` queues the frame and says who must be flushed;
 //! 5. `lanes` write each scheduled outbox at once (`writer`).
 //!
+//! Where a socket refuses and its queue (`backlog`) is full, `eviction` decides what goes if the channels' rules
+//! (`slow_policy`) let something go, and `telling` knows how far the client was told.
+//!
 //! # One command, from a socket to its reply
 //! `listen` (accept, `handshake`) → `session` (read, `websocket` frames) → `protocol` (typed command) →
 //! `hub` (join, or leave) → with Redis, `multiplexer` confirms the channel and lets the subscriber in.
@@ -76,9 +79,12 @@ pub mod ticket;
 pub mod backlog;
 pub mod close;
 pub mod connection;
+pub mod eviction;
 pub mod frame;
 pub mod lanes;
 pub mod outbox;
+pub mod slow_policy;
+pub mod telling;
 pub mod writer;
 
 pub mod cluster;

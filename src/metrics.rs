@@ -40,6 +40,10 @@ pub enum Drop {
     RedisTooLarge,
     /// A Redis message that begins like a presence event, and is none.
     PresenceUnreadable,
+    /// The oldest that waited for a slow consumer, or came for one for which nothing else could go.
+    DropOldest,
+    /// They waited for a slow consumer, and a newer one of the same key came.
+    Conflated,
 }
 
 /// Why a connection was refused before the upgrade.
@@ -96,7 +100,7 @@ pub struct Metrics {
     pub bytes_sent: Count,
     /// Bytes read from WebSocket connections.
     pub bytes_received: Count,
-    dropped: Labelled<5>,
+    dropped: Labelled<7>,
     /// Frames that wait in outboxes.
     pub outbox_frames: Gauge,
     /// Bytes that wait in outboxes; a frame counts in each.
@@ -282,8 +286,16 @@ fn labelled<const N: usize>(
     values.map(|value| family.get_or_create_owned(&[(label, value)]))
 }
 
-fn dropped(registry: &mut Registry) -> Labelled<5> {
-    let reasons = ["slow_consumer", "connection_lost", "redis_queue_full", "redis_too_large", "presence_unreadable"];
+fn dropped(registry: &mut Registry) -> Labelled<7> {
+    let reasons = [
+        "slow_consumer",
+        "connection_lost",
+        "redis_queue_full",
+        "redis_too_large",
+        "presence_unreadable",
+        "drop_oldest",
+        "conflated",
+    ];
     labelled(registry, "dropped", "Frames and messages dropped, by reason", "reason", reasons)
 }
 

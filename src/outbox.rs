@@ -10,13 +10,15 @@
 //! that was not refused is *late*: it is the server that is behind, so publishers wait. A full and
 //! refused one holds publishers up as well, so that a burst closes nobody who reads, but only for
 //! [`STALL_US_MAX`] without progress and for [`HOLD_US_MAX`] in all; then it is slow, and closed.
+//! Channels whose rule says so hold nobody up there: their publications give way (`eviction.rs`).
 
 use std::io;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use crate::backlog::Backlog;
+use crate::backlog::{Backlog, Load};
+use crate::eviction::Evicted;
 use crate::frame::Frame;
 use crate::writer::{Batch, Transport, WRITE_FRAMES_MAX, Writer};
 
@@ -57,6 +59,14 @@ pub struct Limits {
     pub bytes: usize,
 }
 
+impl Limits {
+    /// Whether a frame fits to what waits; an empty outbox takes any one.
+    pub fn admit(&self, load: Load, frame: &Frame) -> bool {
+        load.messages == 0
+            || load.messages + frame.messages() <= self.messages && load.bytes + frame.len() <= self.bytes
+    }
+}
+
 /// What became of a pushed frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
@@ -67,6 +77,10 @@ pub enum Push {
     Schedule,
     /// Queued above the bounds; the caller must wait for room before it publishes more.
     Late,
+    /// Queued, and others are dropped for it.
+    Evicted(Evicted),
+    /// Not queued, as its channel's rule allows; the client will be told.
+    Dropped,
     /// Not queued: the connection is a slow consumer and has to be closed.
     Slow,
     /// Not queued: the connection is closing.
@@ -161,7 +175,7 @@ impl<L: Lock<State>> Outbox<L> {
                     return end;
                 }
                 Err(_) => {
-                    writer.frames_dropped += (writer.batch.messages_unsent() + self.state.with(State::fail)) as u64;
+                    writer.frames_dropped += (writer.batch.dropped() + self.state.with(State::fail)) as u64;
                     writer.batch.clear();
                     return Flushed::Failed;
                 }
@@ -225,8 +239,8 @@ pub struct State {
     refused_us: u64,
     /// Last time the socket took bytes since then.
     progress_us: u64,
-    /// Last time it was written with frames of the past in it.
-    replayed_us: u64,
+    /// Last time it was written with frames of the past in it, or such as may give way.
+    excused_us: u64,
     /// Publishers were told that it is late, and it has had no room since.
     is_awaited: bool,
     /// Since when it is full and holds publishers up (0: it does not).
@@ -253,7 +267,7 @@ impl Default for State {
             slots: None,
             refused_us: 0,
             progress_us: 0,
-            replayed_us: 0,
+            excused_us: 0,
             is_awaited: false,
             full_us: 0,
             held_us: 0,
@@ -267,11 +281,14 @@ impl State {
         if self.is_closing() {
             return Push::Closed;
         }
-        // An empty outbox takes any one frame.
-        let load = self.queue.counted();
-        let is_full = load.messages > 0
-            && (load.messages + frame.messages() > limits.messages || load.bytes + frame.len() > limits.bytes);
+        let is_full = !limits.admit(self.queue.counted(), frame);
         if is_full && self.phase == Phase::Blocked {
+            if let Some(evicted) = self.queue.push_evicting(frame, limits) {
+                return Push::Evicted(evicted);
+            }
+            if self.queue.lose(frame) {
+                return Push::Dropped;
+            }
             self.hold(frame.created_us);
             if self.is_slow(frame.created_us) {
                 return Push::Slow;
@@ -339,6 +356,7 @@ impl State {
         }
         if self.queue.is_empty() && self.slots.is_none() {
             self.refused_us = 0;
+            self.queue.run_empty();
             self.release(now_us);
             self.phase = if self.closing { Phase::Finished } else { Phase::Idle };
             return Some(if self.closing { Flushed::Finished } else { Flushed::Idle });
@@ -346,8 +364,8 @@ impl State {
         self.was_deep |= self.queue.len() > IDLE_CAPACITY_MAX;
         batch.clear();
         batch.has_close = self.closing;
-        if self.queue.replay_bytes() > 0 {
-            self.replayed_us = now_us;
+        if self.queue.replay_bytes() > 0 || self.queue.lossy().0 > 0 {
+            self.excused_us = now_us;
         }
         let (begun, head_sent) = self.queue.take_begun();
         batch.head_sent = head_sent;
@@ -358,6 +376,7 @@ impl State {
         }
         let room = WRITE_FRAMES_MAX - batch.frames.len();
         batch.frames.extend(self.queue.take(room));
+        self.queue.writing(&batch.frames);
         None
     }
 
@@ -365,13 +384,14 @@ impl State {
     /// Also returns how many messages that drops.
     fn refuse(&mut self, batch: &mut Batch, limits: &Limits, now_us: u64) -> (Flushed, usize) {
         if self.phase == Phase::Failed {
-            let dropped = batch.messages_unsent();
+            let dropped = batch.dropped();
             batch.clear();
             return (Flushed::Failed, dropped);
         }
         // A close without the queue may have come during the write: then only what was begun goes before it.
         let dropped = if self.discarding && !batch.has_close { batch.keep_begun() } else { 0 };
-        self.queue.put_back(batch.unsent(), batch.head_sent);
+        self.phase = Phase::Blocked;
+        self.queue.put_back(&batch.frames, batch.sent(), batch.head_sent);
         if self.refused_us == 0 {
             self.refused_us = now_us;
             self.progress_us = now_us;
@@ -385,7 +405,6 @@ impl State {
             self.hold(now_us);
         }
         batch.clear();
-        self.phase = Phase::Blocked;
         (Flushed::Blocked, dropped)
     }
 
@@ -399,7 +418,7 @@ impl State {
     fn fail(&mut self) -> usize {
         // The close frame is nothing that anybody published.
         let closes = usize::from(self.closing && !self.queue.is_empty());
-        let dropped = self.queue.load().messages - self.queue.head_complete() - closes;
+        let dropped = self.queue.unsent() - closes;
         self.phase = Phase::Failed;
         self.queue = Backlog::default();
         self.slots = None;
@@ -433,8 +452,14 @@ impl State {
                 || self.held_us + now_us.saturating_sub(self.full_us) > HOLD_US_MAX)
     }
 
+    /// Once the socket refuses, what may give way is as good as room.
     fn is_at_most_half(&self, limits: &Limits) -> bool {
-        self.queue.counted_frames() <= limits.messages / 2 && self.queue.counted().bytes <= limits.bytes / 2
+        let (frames, bytes) = match self.phase {
+            Phase::Blocked => self.queue.lossy(),
+            _ => (0, 0),
+        };
+        self.queue.counted_frames() - frames <= limits.messages / 2
+            && self.queue.counted().bytes - bytes <= limits.bytes / 2
     }
 
     fn is_overdue(&self, now_us: u64, age_us_max: u64) -> bool {
@@ -442,10 +467,11 @@ impl State {
         if self.phase != Phase::Blocked || self.closing || self.refused_us == 0 {
             return false;
         }
-        let waits_since_us = match head.is_replay {
-            // Whoever comes back has much to read: that takes its time as long as it gets on.
+        let waits_since_us = match head.is_replay || head.is_lossy() {
+            // Whoever comes back has much to read, and whoever may lose some is behind: that takes its time as long
+            // as it gets on.
             true => self.progress_us,
-            false => self.refused_us.max(head.created_us).max(self.replayed_us),
+            false => self.refused_us.max(head.created_us).max(self.excused_us),
         };
         self.is_slow(now_us) || now_us.saturating_sub(waits_since_us) > age_us_max
     }

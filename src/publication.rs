@@ -9,7 +9,9 @@ use base64::prelude::BASE64_STANDARD;
 
 use crate::cursor::Cursor;
 use crate::event;
+use crate::eviction::Evictable;
 use crate::frame::{self, Frame, Opcode};
+use crate::slow_policy::SlowPolicy;
 
 /// How a subscriber wants its publications.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,10 +57,22 @@ impl<'a> From<Payload<'a>> for Message<'a> {
     }
 }
 
+/// The channel that publications come from.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin<'a> {
+    /// Its name.
+    pub channel: &'a Arc<str>,
+    /// What its slow consumers lose.
+    pub slow: &'a SlowPolicy,
+    /// Where it stood before them.
+    pub before: Option<Cursor>,
+}
+
 /// One message to one channel, or several that arrived together and are pushed as a bundle.
 pub struct Publication<'a> {
     channel: &'a str,
     messages: &'a [Message<'a>],
+    origin: Option<Origin<'a>>,
     json: OnceCell<Arc<Frame>>,
     raw: OnceCell<Arc<Frame>>,
 }
@@ -66,7 +80,12 @@ pub struct Publication<'a> {
 impl<'a> Publication<'a> {
     /// A publication of `messages` to `channel`, a valid name.
     pub fn new(channel: &'a str, messages: &'a [Message<'a>]) -> Self {
-        Self { channel, messages, json: OnceCell::new(), raw: OnceCell::new() }
+        Self { channel, messages, origin: None, json: OnceCell::new(), raw: OnceCell::new() }
+    }
+
+    /// The same from a channel whose rule says what slow consumers lose.
+    pub fn of(origin: Origin<'a>, messages: &'a [Message<'a>]) -> Self {
+        Self { origin: Some(origin), ..Self::new(origin.channel, messages) }
     }
 
     /// The channel's name.
@@ -82,15 +101,32 @@ impl<'a> Publication<'a> {
     /// The frame for subscribers of the given format; made when the first one is met.
     pub fn frame(&self, format: Format) -> &Arc<Frame> {
         match format {
-            Format::Json => self.json.get_or_init(|| self.encode(encode_event)),
-            Format::Raw => self.raw.get_or_init(|| self.encode(encode_raw)),
+            Format::Json => self.json.get_or_init(|| self.encode(encode_event, self.evictable())),
+            // Raw subscribers cannot be told what they lose.
+            Format::Raw => self.raw.get_or_init(|| self.encode(encode_raw, None)),
         }
     }
 
-    fn encode(&self, encode: fn(&mut Vec<u8>, &str, &Message<'_>)) -> Arc<Frame> {
+    fn encode(&self, encode: fn(&mut Vec<u8>, &str, &Message<'_>), evictable: Option<Evictable>) -> Arc<Frame> {
         let mut bytes = Vec::new();
         self.messages.iter().for_each(|message| encode(&mut bytes, self.channel, message));
-        Frame::bundle(bytes, self.messages.len())
+        match evictable {
+            Some(event) => Frame::evictable(bytes, self.messages.len(), event),
+            None => Frame::bundle(bytes, self.messages.len()),
+        }
+    }
+
+    /// What eviction has to know, unless slow consumers are closed.
+    fn evictable(&self) -> Option<Evictable> {
+        let Origin { channel, slow, before } = self.origin?;
+        let newest = self.messages.last()?;
+        Some(Evictable {
+            channel: Arc::clone(channel),
+            lane: slow.lane(newest.payload)?,
+            before,
+            first: self.messages.first()?.cursor,
+            last: self.messages.iter().rev().find_map(|message| message.cursor),
+        })
     }
 }
 

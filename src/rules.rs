@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, de::Error as _};
 
 use crate::history_store::Retention;
+use crate::slow_policy::{Pointer, SlowPolicy};
 
 /// The rules in order; the first match wins.
 #[derive(Clone, Debug, Default)]
@@ -37,7 +38,9 @@ struct ChannelRule {
     #[serde(default)]
     cache: bool,
     #[serde(default)]
-    slow: SlowPolicy,
+    slow: SlowRule,
+    #[serde(default, deserialize_with = "latest_by")]
+    latest_by: Option<Pointer>,
     #[serde(default, deserialize_with = "coalesce")]
     coalesce: Option<Duration>,
 }
@@ -61,13 +64,14 @@ const HISTORY_TTL_MAX: Duration = Duration::from_secs(31 * 24 * 60 * 60);
 /// Of a channel whose rule has `cache` and no history: only its last event counts.
 const CACHE: HistoryRule = HistoryRule { size: 1, ttl: Duration::from_secs(24 * 60 * 60) };
 
-/// What happens to a slow consumer of the channel.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
+/// What a rule says of slow consumers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum SlowPolicy {
-    /// The connection is closed with 4101.
+enum SlowRule {
     #[default]
     Close,
+    DropOldest,
+    Latest,
 }
 
 /// The longest window that makes sense: beyond it people notice, and one who waits has better means.
@@ -86,6 +90,14 @@ fn coalesce<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duratio
     match parse_coalesce(&text) {
         Some(window) => Ok(Some(window)),
         None => Err(D::Error::custom(format!("coalesce {text:?} is not {COALESCE_ALLOWED}"))),
+    }
+}
+
+fn latest_by<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Pointer>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    match Pointer::parse(&text) {
+        Some(pointer) => Ok(Some(pointer)),
+        None => Err(D::Error::custom(format!("latest_by {text:?} is not a JSON pointer such as /symbol"))),
     }
 }
 
@@ -118,8 +130,9 @@ impl ChannelRules {
                     rule.pattern
                 ));
             }
-            // The only policy so far; named so that a rule can say it.
-            let SlowPolicy::Close = rule.slow;
+            if rule.latest_by.is_some() && rule.slow != SlowRule::Latest {
+                return Err(format!("{:?} has a latest_by without \"slow\":\"latest\"", rule.pattern));
+            }
         }
         Ok(Self { rules, json: json.to_owned(), coalesce: Duration::ZERO })
     }
@@ -167,6 +180,16 @@ impl ChannelRules {
     /// Whether a subscriber is sent the channel's last event first.
     pub fn cache(&self, channel: &str) -> bool {
         self.rule(channel).is_some_and(|rule| rule.cache)
+    }
+
+    /// What slow consumers of the channel lose.
+    pub fn slow(&self, channel: &str) -> SlowPolicy {
+        let rule = self.rule(channel);
+        rule.map_or(SlowPolicy::Close, |rule| match rule.slow {
+            SlowRule::Close => SlowPolicy::Close,
+            SlowRule::DropOldest => SlowPolicy::DropOldest,
+            SlowRule::Latest => SlowPolicy::Latest(rule.latest_by.clone()),
+        })
     }
 
     /// Whether any channel has presence.

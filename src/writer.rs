@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use arrayvec::ArrayVec;
 
-use crate::frame::Frame;
+use crate::frame::{Frame, Role};
 
 /// Most frames of one vectored write (`IOV_MAX` on Linux).
 pub(crate) const WRITE_FRAMES_MAX: usize = 1024;
@@ -69,6 +69,11 @@ impl Batch {
         self.progress = false;
     }
 
+    /// How many frames are sent.
+    pub(crate) fn sent(&self) -> usize {
+        self.done
+    }
+
     pub(crate) fn unsent(&self) -> &[Arc<Frame>] {
         &self.frames[self.done..]
     }
@@ -79,16 +84,22 @@ impl Batch {
         self.unsent().iter().map(|frame| frame.messages_after(std::mem::take(&mut sent))).sum()
     }
 
+    /// How many messages it drops if the rest is not sent: gaps are nothing that anybody published.
+    pub(crate) fn dropped(&self) -> usize {
+        let gaps = self.unsent().iter().filter(|frame| matches!(frame.role(), Role::Gap(_))).count();
+        self.messages_unsent() - gaps
+    }
+
     /// Keeps of what is unsent only the message that was begun; returns how many that drops.
     pub(crate) fn keep_begun(&mut self) -> usize {
-        let before = self.messages_unsent();
+        let before = self.dropped();
         let begun = self.unsent().first().and_then(|head| head.begun(self.head_sent));
         if begun.is_none() {
             self.head_sent = 0;
         }
         self.frames.truncate(self.done);
         self.frames.extend(begun);
-        before - self.messages_unsent()
+        before - self.dropped()
     }
 
     /// One vectored write of all that is unsent; message borders are the frames' own.

@@ -27,6 +27,7 @@ mod continuity_model;
 mod continuity_world;
 mod deploy;
 mod drain;
+mod eviction_model;
 mod failover;
 mod faults;
 mod history;
