@@ -45,5 +45,6 @@ mod registry;
 mod servers;
 mod shards;
 mod slow;
+mod slow_policies;
 mod tidy;
 mod websocket;
