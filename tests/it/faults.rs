@@ -17,6 +17,9 @@ use crate::binary::{Binary, exchange};
 use crate::harness::{Port, Process, Redis, eventually};
 use crate::proxy::Proxy;
 
+/// What `verify` publishes to.
+const CHANNELS: usize = 4;
+
 const RULES: &str = r#"[{"match":"verify:*","history":{"size":1000,"ttl":"5m"}}]"#;
 
 /// Two instances, one of them behind a proxy, and a Redis that can come back as it was, or older.
@@ -142,6 +145,15 @@ impl World {
 
     /// What was acknowledged is heard first: if nobody heard of it, nobody can tell that it is lost.
     async fn come_back(&mut self, as_it_was: bool, what: &'static str) -> &'static str {
+        for channel in 0..CHANNELS {
+            let redis_channel = format!("hub:verify:{channel}");
+            eventually("somebody to follow the channel", async || {
+                (self.redis.numsub(&redis_channel).await > 0).then_some(())
+            })
+            .await;
+        }
+        // Whoever has just come back to it reads what it missed, which takes a moment; nothing says when it is over.
+        sleep(Duration::from_millis(300)).await;
         self.redis.command(&["CLIENT", "PAUSE", "10000", "WRITE"]).await;
         self.redis.command(&["PING"]).await;
         if as_it_was {
@@ -166,7 +178,7 @@ fn verify(world: &World, seed: u64, seconds: u64) -> Process {
         .args(["verify", "--quiet", "--url", &list("ws", |instance| &instance.public)])
         .args(["--api", &list("http", |instance| &instance.internal)])
         .args(["--seconds", &seconds.to_string(), "--seed", &seed.to_string()])
-        .args(["--rate", "200", "--settle", "8", "--leftovers", "10"])
+        .args(["--rate", "200", "--settle", "8", "--leftovers", "10", "--channels", &CHANNELS.to_string()])
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())
         .spawn()
