@@ -134,7 +134,7 @@ impl Broker {
     /// # Errors
     /// `too_large` or `bad_request`.
     pub fn check_payload(&self, payload: &[u8]) -> Result<(), Refusal> {
-        if payload.starts_with(presence_store::MAGIC) || payload.starts_with(history_redis::MAGIC) {
+        if payload.starts_with(presence_store::MAGIC) || history_redis::is_envelope(payload) {
             return Err(Refusal::new(ErrorCode::BadRequest, "a payload cannot start like what only Hubcast says"));
         }
         if payload.len() > self.publish_bytes_max {
