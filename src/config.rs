@@ -1,4 +1,4 @@
-//! Configuration: every `HUBCAST_` variable, its default, and why that default.
+//! Configuration: what the `HUBCAST_` variables say, or their defaults (`variables`).
 //!
 //! Pure: [`Config::from_env`] takes the variables as a list, and `main` alone passes it the real
 //! ones. A bad value or an unknown name stops the start with one line that says what is allowed.
@@ -20,108 +20,7 @@ use crate::redis_config::{
     redis_urls,
 };
 use crate::rules::{COALESCE_ALLOWED, ChannelRules, parse_coalesce};
-
-/// A variable, as `--help`, the README and the parser see it.
-#[derive(Debug)]
-pub struct Variable {
-    /// The name.
-    pub name: &'static str,
-    /// The default as one would write it; empty where there is none.
-    pub default: &'static str,
-    /// What it is, and why the default.
-    pub help: &'static str,
-}
-
-const fn variable(name: &'static str, default: &'static str, help: &'static str) -> Variable {
-    Variable { name, default, help }
-}
-
-/// All variables.
-pub const VARIABLES: &[Variable] = &[
-    variable(
-        "HUBCAST_LISTEN",
-        "127.0.0.1:8080",
-        "Public listener (WebSocket). Loopback: nothing is exposed by accident.",
-    ),
-    variable("HUBCAST_INTERNAL_LISTEN", "127.0.0.1:8081", "Internal listener (API, health, metrics). Never expose it."),
-    variable("HUBCAST_INSECURE_INTERNAL", "false", "Allows an internal listener off loopback without API keys."),
-    variable("HUBCAST_API_KEYS", "", "Comma list of keys for /api. Without any, none is needed."),
-    variable(
-        "HUBCAST_REDIS_URL",
-        "",
-        "redis://[user:password@]host:port[/db], rediss:// for TLS; a comma list as the mode says. Without it the instance is complete on its own.",
-    ),
-    variable(
-        "HUBCAST_REDIS_MODE",
-        "standalone",
-        "What the list names: standalone, independent servers that share the channels; sentinel, its sentinels; cluster, some of its nodes.",
-    ),
-    variable(
-        "HUBCAST_REDIS_SENTINEL_MASTER",
-        "mymaster",
-        "The primary's name at the sentinels: what Redis' own sample configuration calls it.",
-    ),
-    variable(
-        "HUBCAST_REDIS_PARTITIONS",
-        "64",
-        "Partitions of the channels in cluster mode, the same on all instances: 64 spread evenly over 3 or 4 nodes.",
-    ),
-    variable(
-        "HUBCAST_REDIS_CHANNEL_PREFIX",
-        "hub:",
-        "Goes before every channel name at Redis, so that other users of it do not collide.",
-    ),
-    variable(
-        "HUBCAST_REDIS_KEY_PREFIX",
-        "ws:",
-        "Goes before every key at Redis: the registry of instances and connections.",
-    ),
-    variable("HUBCAST_WORKER_THREADS", "", "Worker threads. Default: one per core that the process may use."),
-    variable(
-        "HUBCAST_CONNECTIONS_MAX",
-        "",
-        "Most WebSocket connections. Default, and the most possible: the file limit less 200 for everything else.",
-    ),
-    variable(
-        "HUBCAST_PING_INTERVAL",
-        "54s",
-        "Ping interval: below the 60 s after which common proxies cut idle connections.",
-    ),
-    variable(
-        "HUBCAST_PONG_TIMEOUT",
-        "10s",
-        "How long nothing at all may arrive after a ping. Mobile radios take seconds to wake.",
-    ),
-    variable("HUBCAST_WRITE_TIMEOUT", "10s", "Oldest age of an unsent frame once the socket refuses bytes; then 4101."),
-    variable("HUBCAST_HANDSHAKE_TIMEOUT", "10s", "For request heads, bodies and the upgrade. Slower ones are attacks."),
-    variable("HUBCAST_PUBLISH_TIMEOUT", "2s", "How long Redis may take to confirm a publish before the answer is 504."),
-    variable(
-        "HUBCAST_OUTBOX_MESSAGES",
-        "1024",
-        "Frames that wait for one connection: one vectored write takes that many.",
-    ),
-    variable("HUBCAST_OUTBOX_BYTES", "1MiB", "Bytes that wait for one connection: seconds of a slow mobile link."),
-    variable("HUBCAST_MESSAGE_BYTES_MAX", "64KiB", "Largest message from a client: commands are small."),
-    variable("HUBCAST_PUBLISH_BYTES_MAX", "1MiB", "Largest payload of a publication, from anywhere."),
-    variable("HUBCAST_SUBSCRIPTIONS_MAX", "128", "Subscriptions of one connection: a page needs a few dozen."),
-    variable(
-        "HUBCAST_DRAIN_TIME",
-        "20s",
-        "Closes are spread over this on SIGTERM: below the 30 s that Kubernetes waits.",
-    ),
-    variable(
-        "HUBCAST_CHANNEL_RULES",
-        "",
-        "JSON list of rules, first match wins: {\"match\":\"chat:*\",\"client_publish\":true,\"presence\":true,\"history\":{\"size\":100,\"ttl\":\"10m\"},\"cache\":true,\"slow\":\"drop_oldest\",\"coalesce\":\"5ms\"}. Without any, clients may publish everywhere.",
-    ),
-    variable(
-        "HUBCAST_COALESCE",
-        "0s",
-        "How long publications wait, up to 100ms, to leave in one write; a rule's \"coalesce\" goes before it. Off: latency is the promise.",
-    ),
-    variable("HUBCAST_LOG", "info", "Log filter: a level, or directives such as hubcast=debug."),
-    variable("HUBCAST_LOG_FORMAT", "text", "text or json."),
-];
+use crate::variables::VARIABLES;
 
 /// Names that Kubernetes injects for a Service called `hubcast`, with `HUBCAST_` cut off.
 const KUBERNETES: [&str; 3] = ["SERVICE_", "PORT_", "PORT"];

@@ -50,6 +50,7 @@
 pub mod config;
 pub mod gateway;
 pub mod listen;
+pub mod variables;
 
 pub mod ending;
 pub mod handshake;

@@ -8,8 +8,9 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser;
-use hubcast::config::{Config, VARIABLES};
+use hubcast::config::Config;
 use hubcast::gateway::{self, Gateway};
+use hubcast::variables::VARIABLES;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 

@@ -2,7 +2,8 @@
 
 use std::process::Command;
 
-use hubcast::config::{Config, VARIABLES};
+use hubcast::config::Config;
+use hubcast::variables::VARIABLES;
 
 fn load(env: &[(&str, &str)]) -> Result<Config, String> {
     let env = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
