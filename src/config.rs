@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 
+use crate::edge_config::EdgeConfig;
 use crate::outbox;
 use crate::redis_config::{
     PREFIX_ALLOWED, REDIS_URL_ALLOWED, RedisMode, has_database, masked_url, masked_urls, redis_mode, redis_prefix,
@@ -36,6 +37,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// `HUBCAST_INTERNAL_LISTEN`
     pub internal_listen: SocketAddr,
+    /// `HUBCAST_ORIGINS`
+    pub edge: EdgeConfig,
     /// `HUBCAST_INSECURE_INTERNAL`
     pub insecure_internal: bool,
     /// `HUBCAST_API_KEYS`
@@ -122,6 +125,7 @@ impl Config {
                 "an address and port such as 127.0.0.1:8081",
                 address,
             )?,
+            edge: EdgeConfig::parse(&values)?,
             insecure_internal: values.get("HUBCAST_INSECURE_INTERNAL", "true or false", |text| text.parse().ok())?,
             api_keys: values.get("HUBCAST_API_KEYS", "a comma list of keys", |list| Some(comma_list(list)))?,
             redis_urls: values.get("HUBCAST_REDIS_URL", REDIS_URL_ALLOWED, redis_urls)?,
@@ -240,7 +244,7 @@ impl Config {
                     "HUBCAST_COALESCE" => time(self.channel_rules.coalesce_default()),
                     "HUBCAST_LOG" => self.log.clone(),
                     "HUBCAST_LOG_FORMAT" => if self.log_json { "json" } else { "text" }.to_owned(),
-                    _ => String::new(),
+                    other => self.edge.print(other).unwrap_or_default(),
                 };
                 format!("{}={value}\n", variable.name)
             })
@@ -250,7 +254,7 @@ impl Config {
 }
 
 /// The given variables over the defaults.
-struct Values {
+pub(crate) struct Values {
     given: HashMap<String, String>,
     notes: Vec<String>,
 }
@@ -275,12 +279,17 @@ impl Values {
         Ok(values)
     }
 
-    fn text(&self, name: &str) -> String {
+    pub(crate) fn text(&self, name: &str) -> String {
         let default = VARIABLES.iter().find(|variable| variable.name == name).map_or("", |variable| variable.default);
         self.given.get(name).map_or(default, String::as_str).trim().to_owned()
     }
 
-    fn get<T>(&self, name: &str, allowed: &str, parse: impl Fn(&str) -> Option<T>) -> Result<T, ConfigError> {
+    pub(crate) fn get<T>(
+        &self,
+        name: &str,
+        allowed: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Result<T, ConfigError> {
         let text = self.text(name);
         parse(&text).ok_or_else(|| {
             let shown = if name == "HUBCAST_REDIS_URL" { masked_url(&text) } else { text.clone() };

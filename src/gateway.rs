@@ -152,6 +152,7 @@ impl Gateway {
             refusals: Arc::new(Semaphore::new(RESERVED_FILES / 4)),
             handshake_timeout: config.handshake_timeout,
             write_timeout: config.write_timeout,
+            origins: config.edge.origins,
             is_echo_on: config.echo,
             ended: Arc::clone(&ended),
         });

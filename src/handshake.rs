@@ -13,14 +13,22 @@ use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode, Version};
 
 use crate::answer::ApiError;
-use crate::protocol::{self, SUBPROTOCOL, SUBPROTOCOL_RAW};
+use crate::metrics::Refused;
+use crate::origin::Origins;
+use crate::protocol::{self, ErrorCode, SUBPROTOCOL, SUBPROTOCOL_RAW};
 use crate::publication::Format;
 
 /// Longest name of a user.
 pub const USER_BYTES_MAX: usize = 128;
 
-/// The response that refuses a handshake.
-type Refusal = Box<Response<Full<Bytes>>>;
+/// Why a handshake is refused.
+#[derive(Debug)]
+pub struct Refusal {
+    /// The metric's label.
+    pub why: Refused,
+    /// What the client is told.
+    pub response: Box<Response<Full<Bytes>>>,
+}
 
 /// What kind of service the client asked for in its handshake.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,14 +64,18 @@ pub struct Handshake {
 /// Checks a request and prepares the upgrade.
 ///
 /// # Errors
-/// The response that refuses it.
-pub fn check(request: &mut Request<Incoming>, is_echo_on: bool) -> Result<Handshake, Refusal> {
+/// Why it is refused.
+pub fn check(request: &mut Request<Incoming>, is_echo_on: bool, origins: &Origins) -> Result<Handshake, Refusal> {
     let path = request.uri().path();
     let is_echo = is_echo_on && path == "/echo";
     if path != "/ws" && !is_echo {
-        return Err(Box::new(ApiError::not_found().last_response()));
+        return Err(refusal(Refused::Handshake, &ApiError::not_found()));
     }
     check_request(request)?;
+    if !origins.allow(request.headers()) {
+        let error = ErrorCode::Forbidden.with("this page may not connect here: see HUBCAST_ORIGINS");
+        return Err(refusal(Refused::Origin, &error));
+    }
     let subprotocol = subprotocol(request.headers());
     let mode = match (is_echo, subprotocol) {
         (true, _) => Mode::Echo,
@@ -86,23 +98,23 @@ fn check_request(request: &Request<Incoming>) -> Result<(), Refusal> {
     let refuse = |status, message: &str| Err(bad_handshake(status, message));
     let headers = request.headers();
     if request.method() != Method::GET {
-        let mut response = bad_handshake(StatusCode::METHOD_NOT_ALLOWED, "a WebSocket handshake is a GET");
-        response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
-        return Err(response);
+        let mut refusal = bad_handshake(StatusCode::METHOD_NOT_ALLOWED, "a WebSocket handshake is a GET");
+        refusal.response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
+        return Err(refusal);
     }
     if request.version() != Version::HTTP_11 {
         return refuse(StatusCode::BAD_REQUEST, "a WebSocket handshake needs HTTP/1.1");
     }
     if !fastwebsockets::upgrade::is_upgrade_request(request) {
-        let mut response = bad_handshake(StatusCode::UPGRADE_REQUIRED, "connect here with a WebSocket client");
-        response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("websocket"));
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("Upgrade, close"));
-        return Err(response);
+        let mut refusal = bad_handshake(StatusCode::UPGRADE_REQUIRED, "connect here with a WebSocket client");
+        refusal.response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+        refusal.response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("Upgrade, close"));
+        return Err(refusal);
     }
     if headers.get(header::SEC_WEBSOCKET_VERSION).is_none_or(|version| version != "13") {
-        let mut response = bad_handshake(StatusCode::UPGRADE_REQUIRED, "only version 13 is spoken here");
-        response.headers_mut().insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
-        return Err(response);
+        let mut refusal = bad_handshake(StatusCode::UPGRADE_REQUIRED, "only version 13 is spoken here");
+        refusal.response.headers_mut().insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+        return Err(refusal);
     }
     let mut keys = headers.get_all(header::SEC_WEBSOCKET_KEY).iter();
     let is_nonce = |key: &HeaderValue| BASE64_STANDARD.decode(key).is_ok_and(|nonce| nonce.len() == 16);
@@ -157,5 +169,9 @@ fn parameters(query: Option<&str>, name: &str) -> Vec<String> {
 }
 
 fn bad_handshake(status: StatusCode, message: &str) -> Refusal {
-    Box::new(ApiError::handshake(status, message).last_response())
+    refusal(Refused::Handshake, &ApiError::handshake(status, message))
+}
+
+fn refusal(why: Refused, error: &ApiError) -> Refusal {
+    Refusal { why, response: Box::new(error.last_response()) }
 }

@@ -11,7 +11,7 @@
 //! (`slow_policy`) let something go, and `telling` knows how far the client was told.
 //!
 //! # One command, from a socket to its reply
-//! `listen` (accept, `handshake`) → `session` (read, `websocket` frames) → `protocol` (typed command) →
+//! `listen` (accept, `handshake`, `origin`) → `session` (read, `websocket` frames) → `protocol` (typed command) →
 //! `hub` (join, or leave) → with Redis, `multiplexer` confirms the channel and lets the subscriber in.
 //!
 //! # One request, from the API to all instances
@@ -48,12 +48,14 @@
 //! 8. A subscriber is told `subscribed` only when the channel is live.
 
 pub mod config;
+pub mod edge_config;
 pub mod gateway;
 pub mod listen;
 pub mod variables;
 
 pub mod ending;
 pub mod handshake;
+pub mod origin;
 pub mod session;
 pub mod websocket;
 

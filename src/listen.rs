@@ -28,6 +28,7 @@ use crate::gateway::Ended;
 use crate::handshake::Mode;
 use crate::handshake::{self, Handshake};
 use crate::metrics::{Metrics, Refused};
+use crate::origin::Origins;
 use crate::session::{Session, SessionContext};
 
 /// Unsent bytes that the kernel keeps for one connection: more would hide a stalled client from us.
@@ -52,6 +53,8 @@ pub struct Public {
     pub handshake_timeout: Duration,
     /// `HUBCAST_WRITE_TIMEOUT`, after which the kernel gives up a peer that acknowledges nothing.
     pub write_timeout: Duration,
+    /// `HUBCAST_ORIGINS`
+    pub origins: Origins,
     /// `--echo`
     pub is_echo_on: bool,
     /// Counts sessions for the drain.
@@ -201,14 +204,14 @@ impl Public {
         }
         // Taken first: the crate's own upgrade would hide the socket behind a trait object.
         let upgrade = hyper::upgrade::on(&mut request);
-        match handshake::check(&mut request, self.is_echo_on) {
+        match handshake::check(&mut request, self.is_echo_on, &self.origins) {
             Ok(Handshake { mode, user, response }) => {
                 *accepted.lock() = Some(Accepted { upgrade, mode, user });
                 response
             }
-            Err(response) => {
-                self.metrics().refused(Refused::Handshake);
-                *response
+            Err(refusal) => {
+                self.metrics().refused(refusal.why);
+                *refusal.response
             }
         }
     }

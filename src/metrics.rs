@@ -57,6 +57,8 @@ pub enum Refused {
     Handshake,
     /// Nothing complete arrived within `HUBCAST_HANDSHAKE_TIMEOUT`.
     Timeout,
+    /// A web page that `HUBCAST_ORIGINS` does not allow.
+    Origin,
 }
 
 /// Which Redis connection.
@@ -82,7 +84,7 @@ pub struct Metrics {
     /// WebSocket connections ever opened.
     pub connections_total: Count,
     closed: Labelled<{ CloseReason::LABELS.len() }>,
-    refused: Labelled<4>,
+    refused: Labelled<5>,
     /// Failed `accept` calls.
     pub accept_errors: Count,
     /// Subscriptions, pending ones included.
@@ -149,7 +151,7 @@ impl Default for Metrics {
                 "connections_refused",
                 "Connections refused before the upgrade, by reason",
                 "reason",
-                ["limit", "draining", "handshake", "timeout"],
+                ["limit", "draining", "handshake", "timeout", "origin"],
             ),
             accept_errors: register(r, "accept_errors", "Failed accept calls"),
             subscriptions: register(r, "subscriptions", "Subscriptions, pending ones included"),

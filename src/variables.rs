@@ -26,6 +26,11 @@ pub const VARIABLES: &[Variable] = &[
     variable("HUBCAST_INSECURE_INTERNAL", "false", "Allows an internal listener off loopback without API keys."),
     variable("HUBCAST_API_KEYS", "", "Comma list of keys for /api. Without any, none is needed."),
     variable(
+        "HUBCAST_ORIGINS",
+        "",
+        "Comma list of the web pages that may connect: https://app.example.org, https://*.example.org for all subdomains, * for any. Without a list, pages of other hosts may connect only without cookies.",
+    ),
+    variable(
         "HUBCAST_REDIS_URL",
         "",
         "redis://[user:password@]host:port[/db], rediss:// for TLS; a comma list as the mode says. Without it the instance is complete on its own.",

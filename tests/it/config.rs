@@ -30,6 +30,8 @@ fn bad_values_stop_the_start_with_one_line_that_says_what_is_allowed() {
         ("HUBCAST_LOG_FORMAT", "xml", "text or json"),
         ("HUBCAST_LOG", "a=b=c", "a level"),
         ("HUBCAST_INSECURE_INTERNAL", "yes", "true or false"),
+        ("HUBCAST_ORIGINS", "app.example.org", "https://app.example.org"),
+        ("HUBCAST_ORIGINS", "https://a.example.org/path", "https://*.example.org"),
         ("HUBCAST_CHANNEL_RULES", "{}", "a list such as"),
         ("HUBCAST_CHANNEL_RULES", r#"[{"match":"a*b"}]"#, "not at the end"),
         ("HUBCAST_CHANNEL_RULES", r#"[{"match":"a","slow":"newest"}]"#, "unknown variant"),
@@ -68,7 +70,7 @@ fn unknown_names_are_refused_with_the_nearest_known_one() {
         assert_eq!(load(&[(name, "x")]).unwrap_err(), format!("{name}: unknown, did you mean {nearest}?"));
     }
     // What is not built yet must not be silently ignored either.
-    for name in ["HUBCAST_AUTH", "HUBCAST_JWT_SECRET", "HUBCAST_TLS_CERT", "HUBCAST_ORIGINS"] {
+    for name in ["HUBCAST_AUTH", "HUBCAST_JWT_SECRET", "HUBCAST_TLS_CERT"] {
         assert!(load(&[(name, "x")]).unwrap_err().starts_with(&format!("{name}: unknown")), "{name}");
     }
 }
@@ -121,6 +123,7 @@ fn the_printed_configuration_can_be_read_back_and_holds_no_secret() {
     let config = load(&[
         ("HUBCAST_API_KEYS", "canary-one,canary-two"),
         ("HUBCAST_REDIS_URL", "redis://user:canary@localhost:6379/1"),
+        ("HUBCAST_ORIGINS", "https://App.example.org:443, http://*.example.org:8000,*"),
         ("HUBCAST_PING_INTERVAL", "1m 30s"),
         ("HUBCAST_OUTBOX_BYTES", "3MiB"),
         ("HUBCAST_CHANNEL_RULES", rules),
@@ -131,6 +134,7 @@ fn the_printed_configuration_can_be_read_back_and_holds_no_secret() {
     let names: Vec<_> = lines.iter().map(|(name, _)| *name).collect();
     assert_eq!(names, VARIABLES.iter().map(|variable| variable.name).collect::<Vec<_>>());
     for line in [
+        "HUBCAST_ORIGINS=https://app.example.org,http://*.example.org:8000,*",
         "HUBCAST_PING_INTERVAL=1m30s",
         "HUBCAST_OUTBOX_BYTES=3MiB",
         "HUBCAST_CONNECTIONS_MAX=1234",

@@ -35,6 +35,7 @@ mod history_model;
 mod hub_model;
 mod limits;
 mod metrics;
+mod origin;
 mod outbox_model;
 mod presence;
 mod presence_model;
