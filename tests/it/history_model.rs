@@ -265,6 +265,11 @@ async fn bad_arguments_change_nothing() {
         words.extend(arguments.split(' '));
         redis.query::<redis::Value>(&words).await.expect_err(arguments);
     }
+    for remembered_for in ["x", "0", ""] {
+        let words =
+            ["EVAL", &script, "3", "s", "t", "a", "10", "1000", "1000", "5", "PUBLISH", "c", "x", remembered_for];
+        redis.query::<redis::Value>(&words).await.expect_err(remembered_for);
+    }
     assert_eq!(redis.query::<u64>(&["DBSIZE"]).await.unwrap(), 0);
 }
 
