@@ -10,8 +10,12 @@ use std::borrow::Cow;
 use crate::close::CloseReason;
 use crate::frame::{CONTROL_PAYLOAD_BYTES_MAX, Opcode};
 
-/// Most fragments of one message: millions of empty ones would pin a connection for nothing.
-pub const FRAGMENTS_MAX: u32 = 1024;
+/// Most fragments of one message, where messages are at most 64 KiB: millions of empty ones would pin a connection
+/// for nothing. Where larger messages are allowed, so is a fragment for each of their [`FRAGMENT_BYTES`].
+pub const FRAGMENTS_MAX: usize = 1024;
+
+/// The smallest fragments in which a message of the largest size may come: what the Autobahn TestSuite sends.
+const FRAGMENT_BYTES: usize = 64;
 
 /// Longest time from a message's first byte to its last, in microseconds.
 pub const ASSEMBLY_US_MAX: u64 = 30_000_000;
@@ -58,7 +62,7 @@ struct Assembly {
     payload: Vec<u8>,
     /// How much of `payload` is known to be UTF-8.
     valid: usize,
-    fragments: u32,
+    fragments: usize,
     started_us: u64,
 }
 
@@ -148,7 +152,9 @@ impl Parser {
             (Opcode::Text | Opcode::Binary, Some(_)) => {
                 Err(CloseReason::ProtocolError("new message inside a fragmented one"))
             }
-            (_, Some(message)) if message.fragments >= FRAGMENTS_MAX => Err(CloseReason::Policy("too many fragments")),
+            (_, Some(message)) if message.fragments >= FRAGMENTS_MAX.max(self.message_bytes_max / FRAGMENT_BYTES) => {
+                Err(CloseReason::Policy("too many fragments"))
+            }
             (_, message) => {
                 let before = message.map_or(0, |message| message.payload.len());
                 if header.len > self.message_bytes_max - before {

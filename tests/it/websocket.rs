@@ -156,17 +156,19 @@ async fn echo_is_there_only_when_asked_for() {
 /// The parser alone, where time and count matter: no socket could show them quickly.
 #[test]
 fn fragments_are_bounded_in_count_and_time() {
-    let mut parser = Parser::new(1 << 20);
-    let mut feed = |bytes: &[u8], now_us: u64| {
-        let mut bytes = bytes.to_vec();
-        let mut input = bytes.as_mut_slice();
-        parser.next(&mut input, now_us).map(|message| message.is_some())
-    };
-    assert_eq!(feed(&masked(0x01, b""), 1), Ok(false));
-    for _ in 1..1024 {
-        assert_eq!(feed(&masked(0x00, b""), 1), Ok(false));
+    for (message_bytes_max, fragments_max) in [(1000, 1024), (64 << 10, 1024), (128 << 10, 2048)] {
+        let mut parser = Parser::new(message_bytes_max);
+        let mut feed = |bytes: &[u8], now_us: u64| {
+            let mut bytes = bytes.to_vec();
+            let mut input = bytes.as_mut_slice();
+            parser.next(&mut input, now_us).map(|message| message.is_some())
+        };
+        assert_eq!(feed(&masked(0x01, b""), 1), Ok(false));
+        for _ in 1..fragments_max {
+            assert_eq!(feed(&masked(0x00, b""), 1), Ok(false));
+        }
+        assert_eq!(feed(&masked(0x80, b""), 1), Err(CloseReason::Policy("too many fragments")));
     }
-    assert_eq!(feed(&masked(0x80, b""), 1), Err(CloseReason::Policy("too many fragments")));
 
     let mut parser = Parser::new(1 << 20);
     let mut next = |bytes: &mut [u8], now_us| parser.next(&mut &mut *bytes, now_us).map(|message| message.is_none());
