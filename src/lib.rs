@@ -86,6 +86,7 @@ pub mod eviction;
 pub mod frame;
 pub mod lanes;
 pub mod outbox;
+pub mod outbox_state;
 pub mod slow_policy;
 pub mod telling;
 pub mod writer;

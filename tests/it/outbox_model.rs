@@ -4,7 +4,8 @@ use std::io::{self, IoSlice};
 
 use hubcast::close::CloseReason;
 use hubcast::frame::Frame;
-use hubcast::outbox::{Flushed, Limits, Lock, Outbox, Phase, Push, State};
+use hubcast::outbox::{Flushed, Limits, Lock, Outbox, Phase, Push};
+use hubcast::outbox_state::State;
 use hubcast::upstream::{Step, Upstream};
 use hubcast::writer::{Transport, Writer};
 use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
