@@ -28,7 +28,7 @@ use serde_json::{Value, json};
 use subtle::ConstantTimeEq;
 use tokio::sync::oneshot;
 
-use crate::admin::{self, Ask, Target};
+use crate::admin::Ask;
 use crate::answer::{Answer, ApiError, bad_json, error_json, error_response, json_response, status_of, text};
 use crate::asker::Asker;
 use crate::broker::Broker;
@@ -192,7 +192,7 @@ impl Api {
     }
 
     /// Reads a body within its limits of size and time.
-    async fn body(&self, request: Request<Incoming>, bytes_max: usize) -> Result<Bytes, ApiError> {
+    pub(crate) async fn body(&self, request: Request<Incoming>, bytes_max: usize) -> Result<Bytes, ApiError> {
         let limited = Limited::new(request.into_body(), bytes_max);
         match tokio::time::timeout(self.body_timeout, limited.collect()).await {
             Ok(Ok(body)) => Ok(body.to_bytes()),
@@ -282,32 +282,6 @@ impl Api {
         Ok(json_response(StatusCode::OK, &told(json!({ "connections": connections, "page": page }), &unreachable)))
     }
 
-    /// Has all instances, or only one, carry something out.
-    async fn ask(&self, ask: Ask, only: Option<&str>) -> Answers {
-        let own = &*self.broker.shared.instance_id;
-        let own_answer = only.is_none_or(|only| only == own).then(|| admin::carry_out(&ask, &self.broker));
-        if only == Some(own) {
-            return Answers { answers: own_answer.into_iter().collect(), ..Answers::default() };
-        }
-        let mut answers = self.broker.cluster.ask(&self.broker, ask, only).await;
-        answers.answers.extend(own_answer);
-        answers
-    }
-
-    /// The same for an action, told as how many connections it concerned.
-    async fn act(&self, ask: Ask, target: &Target, told_as: &str) -> Answer {
-        let only = match target {
-            Target::Connection(id) => Some(Connection::parse_id(id).ok_or_else(ApiError::not_found)?.0.to_owned()),
-            Target::User(_) | Target::Channel(_) => None,
-        };
-        let Answers { answers, unreachable } = self.ask(ask, only.as_deref()).await;
-        let count: u64 = answers.iter().filter_map(|answer| answer["count"].as_u64()).sum();
-        if count == 0 && only.is_some() {
-            return Err(if unreachable.is_empty() { ApiError::not_found() } else { Refusal::unavailable().into() });
-        }
-        Ok(json_response(StatusCode::OK, &told(json!({ told_as: count }), &unreachable)))
-    }
-
     /// The live instances: this one alone without Redis.
     async fn instances(&self) -> Answer {
         let shared = &self.broker.shared;
@@ -325,39 +299,6 @@ impl Api {
         instances.sort_by(|a, b| a["instance_id"].as_str().cmp(&b["instance_id"].as_str()));
         Ok(json_response(StatusCode::OK, &json!({ "instances": instances })))
     }
-
-    async fn disconnect(&self, request: Request<Incoming>) -> Answer {
-        let body = self.body(request, self.broker.publish_bytes_max).await?;
-        let wanted: Disconnect = serde_json::from_slice(&body).map_err(|error| bad_json(&error))?;
-        let code = wanted.code.unwrap_or(1008);
-        if !matches!(code, 1000 | 1001 | 1008 | 1011..=1013 | 3000..=4999) {
-            return Err(ErrorCode::BadRequest.with("code is 1000, 1001, 1008, 1011 to 1013 or 3000 to 4999"));
-        }
-        let reason = wanted.reason.unwrap_or_else(|| "disconnected by the backend".into());
-        if reason.len() > 123 {
-            return Err(ErrorCode::BadRequest.with("reason is at most 123 bytes"));
-        }
-        let target = match (wanted.connection_id, wanted.user, wanted.channel) {
-            (Some(id), None, None) => Target::Connection(id),
-            (None, Some(user), None) => Target::User(user),
-            (None, None, Some(channel)) => Target::Channel(channel),
-            _ => return Err(ErrorCode::BadRequest.with("one of connection_id, user and channel is needed")),
-        };
-        self.act(Ask::Disconnect { target: target.clone(), code, reason }, &target, "disconnected").await
-    }
-
-    async fn unsubscribe(&self, request: Request<Incoming>) -> Answer {
-        let body = self.body(request, self.broker.publish_bytes_max).await?;
-        let wanted: Unsubscribe = serde_json::from_slice(&body).map_err(|error| bad_json(&error))?;
-        protocol::check_channel_name(&wanted.channel)?;
-        let target = match (wanted.connection_id, wanted.user) {
-            (Some(id), None) => Target::Connection(id),
-            (None, Some(user)) => Target::User(user),
-            _ => return Err(ErrorCode::BadRequest.with("either connection_id or user is needed")),
-        };
-        let ask = Ask::Unsubscribe { target: target.clone(), channel: wanted.channel };
-        self.act(ask, &target, "unsubscribed").await
-    }
 }
 
 /// The members of an object, as JSON already.
@@ -368,29 +309,11 @@ fn members_response(members: &str) -> Response<Full<Bytes>> {
 }
 
 /// An answer, with the instances that are not in it.
-fn told(mut answer: Value, unreachable: &BTreeSet<String>) -> Value {
+pub(crate) fn told(mut answer: Value, unreachable: &BTreeSet<String>) -> Value {
     if !unreachable.is_empty() {
         answer["unreachable"] = json!(unreachable);
     }
     answer
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Disconnect {
-    connection_id: Option<String>,
-    user: Option<String>,
-    channel: Option<String>,
-    code: Option<u16>,
-    reason: Option<Box<str>>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Unsubscribe {
-    connection_id: Option<String>,
-    user: Option<String>,
-    channel: String,
 }
 
 #[derive(Deserialize)]

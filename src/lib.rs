@@ -12,10 +12,11 @@
 //!
 //! # One command, from a socket to its reply
 //! `listen` (accept, `handshake`, `origin`) → `session` (read, `websocket` frames) → `protocol` (typed command) →
-//! `hub` (join, or leave) → with Redis, `multiplexer` confirms the channel and lets the subscriber in.
+//! `dispatch` (carried out, answered) → `hub` (join, or leave) → with Redis, `multiplexer` confirms the channel and lets the
+//! subscriber in.
 //!
 //! # One request, from the API to all instances
-//! `api` (HTTP, answers in `answer`) → `admin` (what this instance does) and `cluster` (envelopes through Redis to
+//! `api` (HTTP, answers in `answer`) → `actions` → `admin` (what this instance does) and `cluster` (envelopes through Redis to
 //! those that `registry` knows) → their `admin`.
 //!
 //! # One join, from a subscription to the others in the channel
@@ -53,6 +54,7 @@ pub mod gateway;
 pub mod listen;
 pub mod variables;
 
+pub mod dispatch;
 pub mod ending;
 pub mod handshake;
 pub mod origin;
@@ -63,6 +65,7 @@ pub mod event;
 pub mod protocol;
 pub mod rules;
 
+pub mod actions;
 pub mod admin;
 pub mod answer;
 pub mod api;

@@ -9,13 +9,10 @@ use std::cell::RefCell;
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::Poll;
 use std::time::Duration;
 
-use crate::asker::Asker;
 use crate::broker::Broker;
-use crate::channel::Wish;
 use crate::clock;
 use crate::close::CloseReason;
 use crate::connection::{Connection, Open, Wake};
@@ -24,13 +21,10 @@ use crate::event::{self, Welcome};
 use crate::fanout::Fanout;
 use crate::frame::{Frame, Opcode};
 use crate::handshake::Mode;
-use crate::history_reader::Question;
 use crate::hub::Subscriptions;
-use crate::metrics::Source;
-use crate::presence_reader;
-use crate::protocol::{self, Command, ErrorCode, Refusal, Request, Target, Wanted};
-use crate::publication::{Format, Payload};
-use crate::publisher::{self, Job, Reply};
+use crate::protocol::{self, Command, Request};
+use crate::publication::Format;
+use crate::publisher::{self, Job};
 use crate::rules::ChannelRules;
 use crate::websocket::{Message, Parser};
 use crate::writer::Writer;
@@ -40,9 +34,6 @@ const READ_BYTES: usize = 64 << 10;
 
 /// Commands (and channels of their lists) that one frame may carry: their answers must fit into an outbox.
 const ANSWERS_MAX: usize = 4096;
-
-/// Bytes of the past that may wait for a client and it still gets more: a page of many channels that comes back.
-const REPLAY_BYTES_MAX: usize = 16 << 20;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
@@ -88,19 +79,19 @@ pub enum End {
 
 /// One connection's task.
 pub struct Session {
-    connection: Open,
-    context: Arc<SessionContext>,
-    subscriptions: Subscriptions<Arc<Connection>>,
+    pub(crate) connection: Open,
+    pub(crate) context: Arc<SessionContext>,
+    pub(crate) subscriptions: Subscriptions<Arc<Connection>>,
     parser: Parser,
     is_echo: bool,
     /// Answers that the current frame may still have.
-    answers_left: usize,
+    pub(crate) answers_left: usize,
     /// Read but not carried out yet: publishing has to wait.
     backlog: Vec<u8>,
     /// Subscribers that are late; while there are any, nothing is read.
     late: Vec<Arc<Connection>>,
     /// Publishes that the queue to Redis had no room for.
-    unqueued: Vec<Job>,
+    pub(crate) unqueued: Vec<Job>,
 }
 
 impl Session {
@@ -257,7 +248,7 @@ impl Session {
         self.submit(&mut fanout);
     }
 
-    fn submit(&mut self, fanout: &mut Fanout<Arc<Connection>>) {
+    pub(crate) fn submit(&mut self, fanout: &mut Fanout<Arc<Connection>>) {
         self.answer(fanout);
         let late = self.connection.shared().submit(fanout);
         self.late.extend(late);
@@ -298,163 +289,13 @@ impl Session {
         }
     }
 
-    fn is_json(&self) -> bool {
+    pub(crate) fn is_json(&self) -> bool {
         use crate::fanout::Subscriber;
         self.connection.format() == Format::Json
     }
 
-    /// Counts an answer to the current frame. False: it had its share, and is told so once.
-    fn may_answer(&mut self, id: Option<&str>, fanout: &mut Fanout<Arc<Connection>>) -> bool {
-        if self.answers_left == 1 {
-            let refusal = Refusal::new(ErrorCode::LimitExceeded, "too many commands in one frame, the rest is ignored");
-            self.reply(&event::error(id, &refusal, None), fanout);
-        }
-        self.answers_left = self.answers_left.saturating_sub(1);
-        self.answers_left > 0
-    }
-
-    fn execute(&mut self, request: Request<'_>, fanout: &mut Fanout<Arc<Connection>>) {
-        let id = request.id;
-        if !self.may_answer(id, fanout) {
-            return;
-        }
-        if !matches!(request.command, Ok(Command::Publish { .. })) {
-            self.answer(fanout);
-        }
-        match request.command {
-            Err(refusal) => self.reply(&event::error(id, &refusal, None), fanout),
-            Ok(Command::Ping) => self.reply(&event::pong(id), fanout),
-            Ok(Command::Subscribe(targets)) => {
-                self.each(id, targets, fanout, |session, wanted, fanout| session.subscribe(id, wanted, fanout));
-            }
-            Ok(Command::Unsubscribe(targets)) => {
-                self.each(id, targets, fanout, |session, wanted, fanout| {
-                    session.unsubscribe(id, &wanted.channel, fanout);
-                });
-            }
-            Ok(Command::History { channel, range, limit }) => {
-                let asker = Asker::Socket(Arc::clone(&self.connection), id.map(Into::into));
-                let question = Question { channel: channel.as_ref().into(), range, limit, asker };
-                if let Err(refusal) = self.context.broker.ask_history(question) {
-                    self.reply(&event::error(id, &refusal, Some(&channel)), fanout);
-                }
-            }
-            Ok(Command::Presence { channel, limit, page }) => {
-                if let Err(refusal) = self.presence(id, &channel, limit, page.as_deref()) {
-                    self.reply(&event::error(id, &refusal, Some(&channel)), fanout);
-                }
-            }
-            Ok(Command::Publish { channel, data }) => {
-                if let Err(refusal) = self.publish(id, &channel, data, fanout) {
-                    self.reply(&event::error(id, &refusal, Some(&channel)), fanout);
-                }
-            }
-        }
-    }
-
-    /// Carries out one element of a batch after another; a bad one does not stop the rest.
-    fn each(
-        &mut self,
-        id: Option<&str>,
-        targets: Vec<Target<'_>>,
-        fanout: &mut Fanout<Arc<Connection>>,
-        mut carry_out: impl FnMut(&mut Self, &Wanted<'_>, &mut Fanout<Arc<Connection>>),
-    ) {
-        for target in targets {
-            if !self.may_answer(id, fanout) {
-                return;
-            }
-            match target {
-                Ok(wanted) => carry_out(self, &wanted, fanout),
-                Err((given, refusal)) => self.reply(&event::error(id, &refusal, Some(&given)), fanout),
-            }
-        }
-    }
-
-    fn subscribe(&mut self, id: Option<&str>, wanted: &Wanted<'_>, fanout: &mut Fanout<Arc<Connection>>) {
-        let channel = &*wanted.channel;
-        if self.subscriptions.len() >= self.context.subscriptions_max && !self.subscriptions.contains(channel) {
-            let refusal = Refusal::new(ErrorCode::LimitExceeded, "too many subscriptions on this connection");
-            return self.reply(&event::error(id, &refusal, Some(channel)), fanout);
-        }
-        // Who has not read the last recoveries yet begins anew: what waits for a client is bounded.
-        let after = wanted.after.filter(|_| self.connection.replay_bytes() < REPLAY_BYTES_MAX);
-        if !self.subscriptions.subscribe(channel, Some(Wish { id, after }), fanout) {
-            let refusal = Refusal::new(ErrorCode::LimitExceeded, "this subscription is pending already");
-            self.reply(&event::error(id, &refusal, Some(channel)), fanout);
-        }
-        self.note_subscriptions();
-    }
-
-    fn unsubscribe(&mut self, id: Option<&str>, channel: &str, fanout: &mut Fanout<Arc<Connection>>) {
-        self.subscriptions.unsubscribe(channel, &event::unsubscribed(id, channel), fanout);
-        self.note_subscriptions();
-    }
-
-    /// Leaves the channels that the backend wants it to leave.
-    fn leave_asked(&mut self) {
-        let mut fanout = Fanout::default();
-        for channel in self.connection.take_asked() {
-            if !self.subscriptions.contains(&channel) {
-                continue;
-            }
-            if self.is_json() {
-                self.subscriptions.unsubscribe(&channel, &event::ended(&channel), &mut fanout);
-            } else {
-                // Its one subscription is all that a raw connection is for.
-                let reason = "unsubscribed by the backend".into();
-                self.connection.close(CloseReason::Disconnected { code: 1008, reason });
-            }
-        }
-        self.note_subscriptions();
-        self.submit(&mut fanout);
-    }
-
-    fn note_subscriptions(&self) {
-        self.connection.subscriptions.store(self.subscriptions.len(), Ordering::Relaxed);
-    }
-
-    fn publish(
-        &mut self,
-        id: Option<&str>,
-        channel: &str,
-        data: &str,
-        fanout: &mut Fanout<Arc<Connection>>,
-    ) -> Result<(), Refusal> {
-        let broker = &self.context.broker;
-        if !self.context.rules.client_publish(channel) {
-            return Err(Refusal::new(ErrorCode::Forbidden, "clients may not publish to this channel"));
-        }
-        broker.check_payload(data.as_bytes())?;
-        let Some(servers) = &broker.servers else {
-            let cursor = broker.gather(channel, Payload::Json(data), None, Source::Socket, fanout);
-            fanout.answers.extend(id.map(|id| event::published(id, cursor)));
-            return Ok(());
-        };
-        broker.shared.metrics.publication(Source::Socket);
-        let reply = Reply::Socket(Arc::clone(&self.connection), id.map(Into::into));
-        let job = Job::new(channel, data.as_bytes(), None, reply);
-        // Once one publish waits, the next ones wait behind it.
-        if self.unqueued.is_empty() {
-            self.unqueued.extend(servers.publisher(channel).try_send(job).err());
-        } else {
-            self.unqueued.push(job);
-        }
-        Ok(())
-    }
-
-    /// Has the question answered by the task that reads presence.
-    fn presence(&self, id: Option<&str>, channel: &str, limit: usize, page: Option<&str>) -> Result<(), Refusal> {
-        if !self.context.rules.presence(channel) {
-            return Err(Refusal::new(ErrorCode::Forbidden, "the rule of this channel has no presence"));
-        }
-        let asker = Asker::Socket(Arc::clone(&self.connection), id.map(Into::into));
-        let question = presence_reader::Question::new(channel, limit, page, asker)?;
-        self.connection.shared().presence.ask(question).map_err(|_| presence_reader::unavailable())
-    }
-
     /// Answers the publishes in a row that asked for it, once they are delivered.
-    fn answer(&self, fanout: &mut Fanout<Arc<Connection>>) {
+    pub(crate) fn answer(&self, fanout: &mut Fanout<Arc<Connection>>) {
         if !fanout.answers.is_empty() {
             self.context.broker.deliver(fanout);
             for answer in std::mem::take(&mut fanout.answers) {
@@ -463,7 +304,7 @@ impl Session {
         }
     }
 
-    fn reply(&self, frame: &Arc<Frame>, fanout: &mut Fanout<Arc<Connection>>) {
+    pub(crate) fn reply(&self, frame: &Arc<Frame>, fanout: &mut Fanout<Arc<Connection>>) {
         fanout.push(&self.connection, frame);
     }
 }
