@@ -87,6 +87,10 @@ pub fn error_response(error: &ApiError) -> Response<Full<Bytes>> {
     if error.status == StatusCode::SERVICE_UNAVAILABLE {
         response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
     }
+    if error.status == StatusCode::UNAUTHORIZED {
+        // RFC 9110 §11.6.1.
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
     if matches!(error.status, StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_TIMEOUT) {
         // The rest of the body is not read, so the connection cannot go on.
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));

@@ -25,11 +25,11 @@ use percent_encoding::percent_decode_str;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
-use subtle::ConstantTimeEq;
 use tokio::sync::oneshot;
 
 use crate::admin::Ask;
 use crate::answer::{Answer, ApiError, bad_json, error_json, error_response, json_response, status_of, text};
+use crate::api_keys::ApiKeys;
 use crate::asker::Asker;
 use crate::broker::Broker;
 use crate::channel::Channel;
@@ -57,8 +57,8 @@ const PAGE_MAX: usize = 1000;
 pub struct Api {
     /// Where publications go.
     pub broker: Arc<Broker>,
-    /// `HUBCAST_API_KEYS`; none means no key is needed.
-    pub keys: Vec<String>,
+    /// Who may use it.
+    pub keys: Arc<ApiKeys>,
     /// How long a body may take (`HUBCAST_HANDSHAKE_TIMEOUT`).
     pub body_timeout: Duration,
 }
@@ -81,7 +81,7 @@ impl Api {
         };
         let route = path.strip_prefix("/api/");
         if route.is_some() {
-            self.check_key(&request)?;
+            self.keys.check(request.headers(), &allowed, &path, &self.broker.shared.metrics)?;
         }
         if request.method() != allowed {
             return Err(ApiError::method_not_allowed());
@@ -104,23 +104,6 @@ impl Api {
                 _ => Err(ApiError::not_found()),
             },
             (_, None) => Err(ApiError::not_found()),
-        }
-    }
-
-    /// `Authorization: Bearer KEY` or `X-API-Key: KEY`, compared in constant time.
-    fn check_key(&self, request: &Request<Incoming>) -> Result<(), ApiError> {
-        if self.keys.is_empty() {
-            return Ok(());
-        }
-        let bearer =
-            request.headers().get(header::AUTHORIZATION).and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
-        let given = bearer.or_else(|| request.headers().get("x-api-key").map(HeaderValue::as_bytes));
-        let matches =
-            |given: &[u8]| self.keys.iter().fold(false, |any, key| any | bool::from(key.as_bytes().ct_eq(given)));
-        match given {
-            Some(given) if matches(given) => Ok(()),
-            Some(_) => Err(ErrorCode::Unauthorized.with("the API key is wrong")),
-            None => Err(ErrorCode::Unauthorized.with("an API key is needed")),
         }
     }
 

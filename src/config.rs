@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 
+use crate::api_keys::KeyList;
 use crate::edge_config::EdgeConfig;
 use crate::outbox;
 use crate::redis_config::{
@@ -42,7 +43,7 @@ pub struct Config {
     /// `HUBCAST_INSECURE_INTERNAL`
     pub insecure_internal: bool,
     /// `HUBCAST_API_KEYS`
-    pub api_keys: Vec<String>,
+    pub api_keys: KeyList,
     /// `HUBCAST_REDIS_URL`; none without Redis.
     pub redis_urls: Vec<String>,
     /// `HUBCAST_REDIS_MODE`
@@ -127,7 +128,7 @@ impl Config {
             )?,
             edge: EdgeConfig::parse(&values)?,
             insecure_internal: values.get("HUBCAST_INSECURE_INTERNAL", "true or false", |text| text.parse().ok())?,
-            api_keys: values.get("HUBCAST_API_KEYS", "a comma list of keys", |list| Some(comma_list(list)))?,
+            api_keys: KeyList::parse(&values.text("HUBCAST_API_KEYS")),
             redis_urls: values.get("HUBCAST_REDIS_URL", REDIS_URL_ALLOWED, redis_urls)?,
             redis_mode: values.get("HUBCAST_REDIS_MODE", "standalone, sentinel or cluster", redis_mode)?,
             redis_sentinel_master: values.text("HUBCAST_REDIS_SENTINEL_MASTER"),
@@ -212,7 +213,6 @@ impl Config {
     /// The effective value of each variable, one a line, secrets masked.
     pub fn print(&self, connections_max: usize) -> String {
         let time = |duration: Duration| humantime::format_duration(duration).to_string().replace(' ', "");
-        let mask = |secret: &str| if secret.is_empty() { String::new() } else { "***".to_owned() };
         let lines: Vec<String> = VARIABLES
             .iter()
             .map(|variable| {
@@ -220,7 +220,7 @@ impl Config {
                     "HUBCAST_LISTEN" => self.listen.to_string(),
                     "HUBCAST_INTERNAL_LISTEN" => self.internal_listen.to_string(),
                     "HUBCAST_INSECURE_INTERNAL" => self.insecure_internal.to_string(),
-                    "HUBCAST_API_KEYS" => self.api_keys.iter().map(|key| mask(key)).collect::<Vec<_>>().join(","),
+                    "HUBCAST_API_KEYS" => self.api_keys.masked(),
                     "HUBCAST_REDIS_URL" => masked_urls(&self.redis_urls),
                     "HUBCAST_REDIS_MODE" => self.redis_mode.as_str().to_owned(),
                     "HUBCAST_REDIS_SENTINEL_MASTER" => self.redis_sentinel_master.clone(),
@@ -351,10 +351,6 @@ fn address(text: &str) -> Option<SocketAddr> {
 
 fn whole(text: &str, least: usize, most: usize) -> Option<usize> {
     text.parse().ok().filter(|number| (least..=most).contains(number))
-}
-
-fn comma_list(text: &str) -> Vec<String> {
-    text.split(',').map(str::trim).filter(|entry| !entry.is_empty()).map(str::to_owned).collect()
 }
 
 fn log_filter(text: &str) -> Option<String> {

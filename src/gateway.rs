@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use tracing::warn;
 
 use crate::api::Api;
+use crate::api_keys::ApiKeys;
 use crate::broker::Broker;
 use crate::clock::{self, micros};
 use crate::close::CloseReason;
@@ -94,6 +95,8 @@ impl Gateway {
         let listener = bind("HUBCAST_LISTEN", config.listen)?;
         let internal = bind("HUBCAST_INTERNAL_LISTEN", config.internal_listen)?;
         let (addr, internal_addr) = (listener.local_addr()?, internal.local_addr()?);
+        let api_keys = ApiKeys::load(config.api_keys.clone()).map_err(anyhow::Error::msg)?;
+        let api_keys = Arc::new(api_keys);
         let redis = Redis::new(&config, &instance_id)?;
         let (cluster, questions) = Cluster::new(&config.redis_channel_prefix);
         let (presence, questions_of_presence) = presence(&config, redis.as_ref().map(Redis::servers));
@@ -135,11 +138,8 @@ impl Gateway {
             tasks.extend(redis.start(&config, &broker)?);
             tasks.push(tokio::spawn(cluster::run(Arc::clone(&broker), questions)));
         }
-        let api = Arc::new(Api {
-            broker: Arc::clone(&broker),
-            keys: config.api_keys,
-            body_timeout: config.handshake_timeout,
-        });
+        tasks.push(tokio::spawn(Arc::clone(&api_keys).watch(Arc::clone(&broker.shared))));
+        let api = Arc::new(Api { broker: Arc::clone(&broker), keys: api_keys, body_timeout: config.handshake_timeout });
         let public = Arc::new(Public {
             sessions: Arc::new(SessionContext {
                 broker: Arc::clone(&broker),

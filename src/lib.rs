@@ -16,7 +16,7 @@
 //! subscriber in.
 //!
 //! # One request, from the API to all instances
-//! `api` (HTTP, answers in `answer`) → `actions` → `admin` (what this instance does) and `cluster` (envelopes through Redis to
+//! `api` (HTTP; `api_keys` say who may, answers in `answer`) → `actions` → `admin` (what this instance does) and `cluster` (envelopes through Redis to
 //! those that `registry` knows) → their `admin`.
 //!
 //! # One join, from a subscription to the others in the channel
@@ -69,6 +69,7 @@ pub mod actions;
 pub mod admin;
 pub mod answer;
 pub mod api;
+pub mod api_keys;
 pub mod asker;
 pub mod broker;
 pub mod bundle;
@@ -131,4 +132,5 @@ pub mod presence_writer;
 
 pub mod clock;
 pub mod metrics;
+pub mod reload;
 pub mod sharded;

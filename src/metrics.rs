@@ -61,6 +61,33 @@ pub enum Refused {
     Origin,
 }
 
+/// Why an API request was refused.
+#[derive(Clone, Copy, Debug)]
+pub enum ApiRefused {
+    /// It had no key, and one is needed.
+    NoKey,
+    /// Its key is none of `HUBCAST_API_KEYS`.
+    WrongKey,
+    /// Its key is not good for what it asked for.
+    NoRight,
+}
+
+/// Files that are read again when they change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reloaded {
+    /// Those of `HUBCAST_API_KEYS`.
+    ApiKeys,
+}
+
+impl Reloaded {
+    const LABELS: [&'static str; 1] = ["api_keys"];
+
+    /// The label.
+    pub fn as_str(self) -> &'static str {
+        Self::LABELS[self as usize]
+    }
+}
+
 /// Which Redis connection.
 #[derive(Clone, Copy, Debug)]
 pub enum Link {
@@ -85,6 +112,9 @@ pub struct Metrics {
     pub connections_total: Count,
     closed: Labelled<{ CloseReason::LABELS.len() }>,
     refused: Labelled<5>,
+    api_refused: Labelled<3>,
+    reloads: Labelled<{ Reloaded::LABELS.len() }>,
+    reload_failed: [Gauge; Reloaded::LABELS.len()],
     /// Failed `accept` calls.
     pub accept_errors: Count,
     /// Subscriptions, pending ones included.
@@ -146,13 +176,10 @@ impl Default for Metrics {
                 "reason",
                 CloseReason::LABELS,
             ),
-            refused: labelled(
-                r,
-                "connections_refused",
-                "Connections refused before the upgrade, by reason",
-                "reason",
-                ["limit", "draining", "handshake", "timeout", "origin"],
-            ),
+            refused: refused(r),
+            api_refused: api_refused(r),
+            reloads: labelled(r, "reloads", "Files read anew since they changed", "file", Reloaded::LABELS),
+            reload_failed: reload_failed(r),
             accept_errors: register(r, "accept_errors", "Failed accept calls"),
             subscriptions: register(r, "subscriptions", "Subscriptions, pending ones included"),
             channels: register(r, "channels", "Channels with a subscription"),
@@ -211,6 +238,19 @@ impl Metrics {
     /// Counts a refusal before the upgrade.
     pub fn refused(&self, why: Refused) {
         self.refused[why as usize].inc();
+    }
+
+    /// Counts an API request that was refused.
+    pub fn api_refused(&self, why: ApiRefused) {
+        self.api_refused[why as usize].inc();
+    }
+
+    /// Counts files that were read anew, or notes that they cannot be used.
+    pub fn reloaded(&self, what: Reloaded, is_good: bool) {
+        if is_good {
+            self.reloads[what as usize].inc();
+        }
+        self.reload_failed[what as usize].set(i64::from(!is_good));
     }
 
     /// Counts a publication that came in.
@@ -288,6 +328,16 @@ fn labelled<const N: usize>(
     values.map(|value| family.get_or_create_owned(&[(label, value)]))
 }
 
+fn refused(registry: &mut Registry) -> Labelled<5> {
+    let reasons = ["limit", "draining", "handshake", "timeout", "origin"];
+    labelled(registry, "connections_refused", "Connections refused before the upgrade, by reason", "reason", reasons)
+}
+
+fn api_refused(registry: &mut Registry) -> Labelled<3> {
+    let reasons = ["no_key", "wrong_key", "no_right"];
+    labelled(registry, "api_refused", "API requests refused for their key, by reason", "reason", reasons)
+}
+
 fn dropped(registry: &mut Registry) -> Labelled<7> {
     let reasons = [
         "slow_consumer",
@@ -304,6 +354,13 @@ fn dropped(registry: &mut Registry) -> Labelled<7> {
 fn recoveries(registry: &mut Registry) -> Labelled<2> {
     let help = "Subscriptions with a cursor to go on from, by whether nothing was missing";
     labelled(registry, "recoveries", help, "recovered", ["false", "true"])
+}
+
+fn reload_failed(registry: &mut Registry) -> [Gauge; Reloaded::LABELS.len()] {
+    let family = Family::<Labels, Gauge>::default();
+    let help = "1 while the newest state of a file cannot be used, and the one before is in effect";
+    registry.register("reload_failed", help, family.clone());
+    Reloaded::LABELS.map(|file| family.get_or_create_owned(&[("file", file)]))
 }
 
 fn links(registry: &mut Registry) -> [Gauge; 3] {

@@ -24,7 +24,11 @@ pub const VARIABLES: &[Variable] = &[
     ),
     variable("HUBCAST_INTERNAL_LISTEN", "127.0.0.1:8081", "Internal listener (API, health, metrics). Never expose it."),
     variable("HUBCAST_INSECURE_INTERNAL", "false", "Allows an internal listener off loopback without API keys."),
-    variable("HUBCAST_API_KEYS", "", "Comma list of keys for /api. Without any, none is needed."),
+    variable(
+        "HUBCAST_API_KEYS",
+        "",
+        "Comma list of keys for /api, or of files with keys (an absolute path, or file:PATH), which are read again when they change. Without any, none is needed.",
+    ),
     variable(
         "HUBCAST_ORIGINS",
         "",

@@ -16,6 +16,7 @@ mod sentinels;
 mod tls_redis;
 
 mod api;
+mod api_keys;
 mod broadcast;
 mod bundle;
 mod cluster;
