@@ -6,6 +6,7 @@ use hyper::header::{self, HeaderValue};
 use hyper::{Response, StatusCode};
 use serde_json::{Value, json};
 
+use crate::admission::Denied;
 use crate::protocol::{ErrorCode, Refusal};
 
 /// A refusal with its HTTP status.
@@ -29,6 +30,13 @@ impl ApiError {
         let code =
             if status == StatusCode::SERVICE_UNAVAILABLE { ErrorCode::Unavailable } else { ErrorCode::BadRequest };
         Self { status, refusal: Refusal::new(code, message.to_owned()) }
+    }
+
+    /// Somebody who is not let in, for now.
+    pub fn denied(denied: &Denied) -> Self {
+        let retry_after_ms = Some(denied.retry_after_s() * 1000);
+        let refusal = Refusal { retry_after_ms, ..Refusal::new(denied.code(), denied.message()) };
+        Self { status: denied.status(), refusal }
     }
 
     /// The response, after which the connection ends: whoever is refused holds nothing.
@@ -63,7 +71,7 @@ pub(crate) fn status_of(code: ErrorCode) -> StatusCode {
         ErrorCode::NotFound => StatusCode::NOT_FOUND,
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
         ErrorCode::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
-        ErrorCode::LimitExceeded => StatusCode::TOO_MANY_REQUESTS,
+        ErrorCode::LimitExceeded | ErrorCode::RateLimited => StatusCode::TOO_MANY_REQUESTS,
         ErrorCode::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
         ErrorCode::OutcomeUnknown => StatusCode::GATEWAY_TIMEOUT,
     }
@@ -84,8 +92,10 @@ pub(crate) fn error_json(refusal: &Refusal) -> Value {
 /// `{"error":{"code","message"}}` with the fitting status.
 pub fn error_response(error: &ApiError) -> Response<Full<Bytes>> {
     let mut response = json_response(error.status, &json!({ "error": error_json(&error.refusal) }));
-    if error.status == StatusCode::SERVICE_UNAVAILABLE {
-        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    let retry_after_ms = error.refusal.retry_after_ms;
+    if retry_after_ms.is_some() || error.status == StatusCode::SERVICE_UNAVAILABLE {
+        let seconds = retry_after_ms.unwrap_or_default().div_ceil(1000).max(1);
+        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
     }
     if error.status == StatusCode::UNAUTHORIZED {
         // RFC 9110 §11.6.1.

@@ -16,6 +16,7 @@ use bytesize::ByteSize;
 
 use crate::api_keys::KeyList;
 use crate::edge_config::EdgeConfig;
+use crate::limits_config::LimitsConfig;
 use crate::outbox;
 use crate::redis_config::{
     PREFIX_ALLOWED, REDIS_URL_ALLOWED, RedisMode, has_database, masked_url, masked_urls, redis_mode, redis_prefix,
@@ -86,6 +87,8 @@ pub struct Config {
     pub publish_bytes_max: usize,
     /// `HUBCAST_SUBSCRIPTIONS_MAX`
     pub subscriptions_max: usize,
+    /// How much is allowed in time, and over many connections.
+    pub limits: LimitsConfig,
     /// `HUBCAST_DRAIN_TIME`
     pub drain_time: Duration,
     /// `HUBCAST_CHANNEL_RULES` and `HUBCAST_COALESCE`
@@ -119,6 +122,10 @@ impl Config {
     /// The first variable that is unknown or has a bad value.
     pub fn from_env(env: impl IntoIterator<Item = (String, String)>) -> Result<Self, ConfigError> {
         let values = Values::collect(env)?;
+        let worker_threads = values.get("HUBCAST_WORKER_THREADS", "a number from 1 to 1024", |text| match text {
+            "" => Some(std::thread::available_parallelism().map_or(1, usize::from)),
+            text => whole(text, 1, 1024),
+        })?;
         let config = Self {
             listen: values.get("HUBCAST_LISTEN", "an address and port such as 0.0.0.0:8080", address)?,
             internal_listen: values.get(
@@ -140,10 +147,7 @@ impl Config {
             presence_debounce: Duration::from_secs(5),
             history_check_interval: Duration::from_secs(25),
             redis_probe_interval: Duration::from_secs(5),
-            worker_threads: values.get("HUBCAST_WORKER_THREADS", "a number from 1 to 1024", |text| match text {
-                "" => Some(std::thread::available_parallelism().map_or(1, usize::from)),
-                text => whole(text, 1, 1024),
-            })?,
+            worker_threads,
             connections_max: values.get("HUBCAST_CONNECTIONS_MAX", "a number from 1", |text| match text {
                 "" => Some(None),
                 text => whole(text, 1, usize::MAX).map(Some),
@@ -160,6 +164,7 @@ impl Config {
             message_bytes_max: values.size("HUBCAST_MESSAGE_BYTES_MAX")?,
             publish_bytes_max: values.size("HUBCAST_PUBLISH_BYTES_MAX")?,
             subscriptions_max: values.number("HUBCAST_SUBSCRIPTIONS_MAX")?,
+            limits: LimitsConfig::parse(&values, worker_threads)?,
             drain_time: values.duration("HUBCAST_DRAIN_TIME")?,
             channel_rules: values.channel_rules()?,
             log: values.get("HUBCAST_LOG", "a level (error, warn, info, debug, trace) or directives", log_filter)?,
@@ -244,7 +249,7 @@ impl Config {
                     "HUBCAST_COALESCE" => time(self.channel_rules.coalesce_default()),
                     "HUBCAST_LOG" => self.log.clone(),
                     "HUBCAST_LOG_FORMAT" => if self.log_json { "json" } else { "text" }.to_owned(),
-                    other => self.edge.print(other).unwrap_or_default(),
+                    other => self.edge.print(other).or_else(|| self.limits.print(other)).unwrap_or_default(),
                 };
                 format!("{}={value}\n", variable.name)
             })
@@ -309,7 +314,7 @@ impl Values {
         self.get(name, allowed, |text| parse(text).filter(|bytes| (1..=1 << 30).contains(bytes)))
     }
 
-    fn number(&self, name: &str) -> Result<usize, ConfigError> {
+    pub(crate) fn number(&self, name: &str) -> Result<usize, ConfigError> {
         self.get(name, "a number from 1 to 1000000", |text| whole(text, 1, 1_000_000))
     }
 

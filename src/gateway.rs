@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tracing::warn;
 
+use crate::admission::Admission;
 use crate::api::Api;
 use crate::api_keys::ApiKeys;
 use crate::broker::Broker;
@@ -148,7 +149,7 @@ impl Gateway {
                 subscriptions_max: config.subscriptions_max,
                 ping_interval: config.ping_interval,
             }),
-            places: Arc::new(Semaphore::new(connections_max(config.connections_max))),
+            admission: Admission::new(&config.limits, connections_max(config.connections_max)),
             refusals: Arc::new(Semaphore::new(RESERVED_FILES / 4)),
             handshake_timeout: config.handshake_timeout,
             write_timeout: config.write_timeout,

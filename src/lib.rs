@@ -11,7 +11,7 @@
 //! (`slow_policy`) let something go, and `telling` knows how far the client was told.
 //!
 //! # One command, from a socket to its reply
-//! `listen` (accept, `handshake`, `origin`) → `session` (read, `websocket` frames) → `protocol` (typed command) →
+//! `listen` (accept, `admission`, `handshake`, `origin`) → `session` (read, `websocket` frames) → `protocol` (typed command) →
 //! `dispatch` (carried out, answered) → `hub` (join, or leave) → with Redis, `multiplexer` confirms the channel and lets the
 //! subscriber in.
 //!
@@ -51,8 +51,14 @@
 pub mod config;
 pub mod edge_config;
 pub mod gateway;
+pub mod limits_config;
 pub mod listen;
 pub mod variables;
+
+pub mod admission;
+pub mod guests;
+pub mod meter;
+pub mod turned_away;
 
 pub mod dispatch;
 pub mod ending;

@@ -19,17 +19,20 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
+use crate::admission::{Admission, Denied, Pending, Place};
 use crate::answer::ApiError;
 use crate::api::Api;
 use crate::clock::{self, micros};
 use crate::close::CloseReason;
 use crate::connection::Connection;
 use crate::gateway::Ended;
+use crate::guests::Stay;
 use crate::handshake::Mode;
 use crate::handshake::{self, Handshake};
 use crate::metrics::{Metrics, Refused};
 use crate::origin::Origins;
 use crate::session::{Session, SessionContext};
+use crate::turned_away;
 
 /// Unsent bytes that the kernel keeps for one connection: more would hide a stalled client from us.
 const NOTSENT_BYTES: u32 = 128 << 10;
@@ -45,9 +48,9 @@ const ACCEPT_PAUSE_MAX: Duration = Duration::from_millis(100);
 pub struct Public {
     /// What sessions share.
     pub sessions: Arc<SessionContext>,
-    /// A permit per connection (`HUBCAST_CONNECTIONS_MAX`).
-    pub places: Arc<Semaphore>,
-    /// A permit per connection above that, while it is told so.
+    /// Who is let in.
+    pub admission: Admission,
+    /// A permit per connection that is not, while it is told so and no place is to spare.
     pub refusals: Arc<Semaphore>,
     /// `HUBCAST_HANDSHAKE_TIMEOUT`
     pub handshake_timeout: Duration,
@@ -65,22 +68,12 @@ pub struct Public {
 pub async fn public(listener: TcpListener, public: Arc<Public>) {
     loop {
         let (socket, remote) = accept(&listener, public.metrics()).await;
-        let place = Arc::clone(&public.places).try_acquire_owned().ok();
-        if place.is_some() {
-            let public = Arc::clone(&public);
-            tokio::spawn(async move {
-                public.serve(socket, remote).await;
-                drop(place);
-            });
-        } else if let Ok(refusal) = Arc::clone(&public.refusals).try_acquire_owned() {
-            let public = Arc::clone(&public);
-            tokio::spawn(async move {
-                public.handshake(socket, Some(Refused::Limit)).await;
-                drop(refusal);
-            });
-        } else {
-            // Even refusing has a bound: the rest is just closed.
-            public.metrics().refused(Refused::Limit);
+        match public.admission.admit(remote.ip(), clock::now_us()) {
+            Ok((place, pending)) => {
+                let public = Arc::clone(&public);
+                tokio::spawn(async move { public.serve(socket, remote, (place, pending)).await });
+            }
+            Err(denied) => public.turn_away(socket, denied),
         }
     }
 }
@@ -144,6 +137,8 @@ struct Accepted {
     upgrade: OnUpgrade,
     mode: Mode,
     user: Option<Box<str>>,
+    /// Counts the connection among those of the user.
+    stay: Stay<Box<str>>,
 }
 
 impl Public {
@@ -151,11 +146,25 @@ impl Public {
         &self.sessions.broker.shared.metrics
     }
 
+    /// Even refusing has a bound; beyond it nobody waits for the peer to read the answer.
+    fn turn_away(&self, socket: TcpStream, denied: Denied) {
+        self.metrics().refused(denied.why);
+        let permit = self.admission.spare_place().or_else(|| Arc::clone(&self.refusals).try_acquire_owned().ok());
+        match permit {
+            Some(permit) => drop(tokio::spawn(async move {
+                turned_away::tell(socket, denied).await;
+                drop(permit);
+            })),
+            None => turned_away::tell_now(&socket, &denied),
+        }
+    }
+
     /// The whole life of a public connection.
-    async fn serve(&self, socket: TcpStream, remote: SocketAddr) {
+    async fn serve(&self, socket: TcpStream, remote: SocketAddr, (_place, pending): (Place, Pending)) {
         // Boxed, so that the HTTP phase's memory is gone while the session lives.
-        let Some(upgraded) = Box::pin(self.handshake(socket, None)).await else { return };
-        let Upgraded { socket, behind, accepted: Accepted { mode, user, .. } } = upgraded;
+        let Some(upgraded) = Box::pin(self.handshake(socket)).await else { return };
+        drop(pending);
+        let Upgraded { socket, behind, accepted: Accepted { mode, user, stay: _stay, .. } } = upgraded;
         self.tune(&socket);
         let mut guard = self.ended.enter();
         let shared = Arc::clone(&self.sessions.broker.shared);
@@ -171,10 +180,10 @@ impl Public {
     }
 
     /// Speaks HTTP until the upgrade, within the handshake timeout.
-    async fn handshake(&self, socket: TcpStream, refuse: Option<Refused>) -> Option<Upgraded> {
+    async fn handshake(&self, socket: TcpStream) -> Option<Upgraded> {
         let accepted: Mutex<Option<Accepted>> = Mutex::new(None);
         let service = service_fn(|request: Request<Incoming>| {
-            let answer = self.answer(request, refuse, &accepted);
+            let answer = self.answer(request, &accepted);
             async move { Ok::<_, io::Error>(answer) }
         });
         let connection =
@@ -190,30 +199,33 @@ impl Public {
         Some(Upgraded { socket: parts.io.into_inner(), behind: parts.read_buf, accepted })
     }
 
-    fn answer(
-        &self,
-        mut request: Request<Incoming>,
-        refuse: Option<Refused>,
-        accepted: &Mutex<Option<Accepted>>,
-    ) -> Response<Full<Bytes>> {
-        let draining = self.sessions.broker.health.is_draining().then_some(Refused::Draining);
-        if let Some(why) = refuse.or(draining) {
-            self.metrics().refused(why);
-            let message = if draining.is_some() { "draining" } else { "too many connections" };
-            return ApiError::handshake(StatusCode::SERVICE_UNAVAILABLE, message).last_response();
+    fn answer(&self, mut request: Request<Incoming>, accepted: &Mutex<Option<Accepted>>) -> Response<Full<Bytes>> {
+        if self.sessions.broker.health.is_draining() {
+            self.metrics().refused(Refused::Draining);
+            return ApiError::handshake(StatusCode::SERVICE_UNAVAILABLE, "draining").last_response();
         }
         // Taken first: the crate's own upgrade would hide the socket behind a trait object.
         let upgrade = hyper::upgrade::on(&mut request);
         match handshake::check(&mut request, self.is_echo_on, &self.origins) {
-            Ok(Handshake { mode, user, response }) => {
-                *accepted.lock() = Some(Accepted { upgrade, mode, user });
-                response
-            }
+            Ok(Handshake { mode, user, response }) => match self.admit_user(user.as_deref()) {
+                Ok(stay) => {
+                    *accepted.lock() = Some(Accepted { upgrade, mode, user, stay });
+                    response
+                }
+                Err(denied) => {
+                    self.metrics().refused(denied.why);
+                    ApiError::denied(&denied).last_response()
+                }
+            },
             Err(refusal) => {
                 self.metrics().refused(refusal.why);
                 *refusal.response
             }
         }
+    }
+
+    fn admit_user(&self, user: Option<&str>) -> Result<Stay<Box<str>>, Denied> {
+        user.map_or(Ok(Stay::default()), |user| self.admission.admit_user(user, clock::now_us()))
     }
 
     /// Options that keep the kernel from hiding a stalled client. A socket that refuses them is about to fail anyway.

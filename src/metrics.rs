@@ -47,7 +47,7 @@ pub enum Drop {
 }
 
 /// Why a connection was refused before the upgrade.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
     /// `HUBCAST_CONNECTIONS_MAX` is reached.
     Limit,
@@ -59,6 +59,31 @@ pub enum Refused {
     Timeout,
     /// A web page that `HUBCAST_ORIGINS` does not allow.
     Origin,
+    /// `HUBCAST_HANDSHAKES_PER_SECOND` is reached.
+    Rate,
+    /// `HUBCAST_HANDSHAKES_PENDING_MAX` is reached.
+    Pending,
+    /// `HUBCAST_HANDSHAKES_PER_ADDRESS` is reached.
+    AddressRate,
+    /// `HUBCAST_CONNECTIONS_PER_ADDRESS` is reached.
+    AddressConnections,
+    /// `HUBCAST_CONNECTIONS_PER_USER` is reached.
+    UserConnections,
+}
+
+impl Refused {
+    const LABELS: [&'static str; 10] = [
+        "limit",
+        "draining",
+        "handshake",
+        "timeout",
+        "origin",
+        "rate",
+        "pending",
+        "address_rate",
+        "address_connections",
+        "user_connections",
+    ];
 }
 
 /// Why an API request was refused.
@@ -111,7 +136,7 @@ pub struct Metrics {
     /// WebSocket connections ever opened.
     pub connections_total: Count,
     closed: Labelled<{ CloseReason::LABELS.len() }>,
-    refused: Labelled<5>,
+    refused: Labelled<{ Refused::LABELS.len() }>,
     api_refused: Labelled<3>,
     reloads: Labelled<{ Reloaded::LABELS.len() }>,
     reload_failed: [Gauge; Reloaded::LABELS.len()],
@@ -328,11 +353,6 @@ fn labelled<const N: usize>(
     values.map(|value| family.get_or_create_owned(&[(label, value)]))
 }
 
-fn refused(registry: &mut Registry) -> Labelled<5> {
-    let reasons = ["limit", "draining", "handshake", "timeout", "origin"];
-    labelled(registry, "connections_refused", "Connections refused before the upgrade, by reason", "reason", reasons)
-}
-
 fn api_refused(registry: &mut Registry) -> Labelled<3> {
     let reasons = ["no_key", "wrong_key", "no_right"];
     labelled(registry, "api_refused", "API requests refused for their key, by reason", "reason", reasons)
@@ -367,4 +387,9 @@ fn links(registry: &mut Registry) -> [Gauge; 3] {
     let family = Family::<Labels, Gauge>::default();
     registry.register("redis_link_up", "Redis servers to which the connection is up", family.clone());
     ["subscribe", "publish", "registry"].map(|link| family.get_or_create_owned(&[("link", link)]))
+}
+
+fn refused(registry: &mut Registry) -> Labelled<{ Refused::LABELS.len() }> {
+    let help = "Connections refused before the upgrade, by reason";
+    labelled(registry, "connections_refused", help, "reason", Refused::LABELS)
 }

@@ -48,6 +48,8 @@ pub enum ErrorCode {
     MethodNotAllowed,
     /// A limit of this connection is reached.
     LimitExceeded,
+    /// It comes too often; the error says when to go on.
+    RateLimited,
     /// Redis did not take it; nothing was sent.
     Unavailable,
     /// Redis did not answer in time; it may or may not have been sent.
@@ -68,6 +70,7 @@ impl ErrorCode {
             Self::NotFound => "not_found",
             Self::MethodNotAllowed => "method_not_allowed",
             Self::LimitExceeded => "limit_exceeded",
+            Self::RateLimited => "rate_limited",
             Self::Unavailable | Self::OutcomeUnknown => "unavailable",
             Self::TooLarge => "too_large",
         }

@@ -71,6 +71,31 @@ pub const VARIABLES: &[Variable] = &[
         "Most WebSocket connections. Default, and the most possible: the file limit less 200 for everything else.",
     ),
     variable(
+        "HUBCAST_HANDSHAKES_PER_SECOND",
+        "",
+        "Connections let in a second, twice as many at once; the others get 503 and their turn in Retry-After. Default: 10000 for each worker thread, a third of what a core can do. 0: no limit.",
+    ),
+    variable(
+        "HUBCAST_HANDSHAKES_PENDING_MAX",
+        "4096",
+        "Connections that are not upgraded yet; more get 503. As many as the kernel keeps for us.",
+    ),
+    variable(
+        "HUBCAST_HANDSHAKES_PER_ADDRESS",
+        "0",
+        "The same a second for one address (of IPv6: one /64); more get 429. Off: behind a proxy all have one address.",
+    ),
+    variable(
+        "HUBCAST_CONNECTIONS_PER_ADDRESS",
+        "0",
+        "Connections of one address; more get 429. Off, as above; 100 leaves room for an office behind one.",
+    ),
+    variable(
+        "HUBCAST_CONNECTIONS_PER_USER",
+        "0",
+        "Connections of one user on this instance; more get 429. Off: how many pages and devices one has is yours to say.",
+    ),
+    variable(
         "HUBCAST_PING_INTERVAL",
         "54s",
         "Ping interval: below the 60 s after which common proxies cut idle connections.",

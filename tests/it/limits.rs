@@ -18,7 +18,7 @@ async fn connections_above_the_limit_are_told_to_come_back() {
     let mut refused = Raw::connect(&gateway).await;
     refused.send(format!("GET /ws HTTP/1.1\r\n{HANDSHAKE}").as_bytes()).await;
     let head = refused.head().await.to_lowercase();
-    assert!(head.starts_with("http/1.1 503") && head.contains("retry-after: 1"), "{head}");
+    assert!(head.starts_with("http/1.1 503") && head.contains("retry-after: "), "{head}");
     assert_eq!(metric(&gateway, r#"hubcast_connections_refused_total{reason="limit"}"#).await, 1.0);
     assert_eq!(http(&gateway, "GET /livez", "", b"").await.status, 200);
     clients.pop();

@@ -15,6 +15,7 @@ mod redis_node;
 mod sentinels;
 mod tls_redis;
 
+mod admission;
 mod api;
 mod api_keys;
 mod broadcast;

@@ -1,0 +1,153 @@
+//! Who is let in: before the upgrade, before any work for it, and before anything is allocated.
+//!
+//! A reconnect storm is served at the rate that the machine sustains; the rest is told to come back, spread
+//! over the time that the rest needs (`Retry-After`). So those who are admitted are served well, and those who are
+//! connected notice little, instead of everybody waiting for everybody.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::guests::{self, Guests, Stay, Unwelcome};
+use crate::limits_config::LimitsConfig;
+use crate::meter::{Meter, Rate};
+use crate::metrics::Refused;
+
+/// Who finds no place, not for a rate's sake, comes back at a random moment within this time.
+const PLACE_WAIT: Duration = Duration::from_secs(5);
+
+/// Nobody is sent away for longer.
+const WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// The limits before the upgrade.
+#[derive(Debug)]
+pub struct Admission {
+    /// A permit per connection (`HUBCAST_CONNECTIONS_MAX`).
+    places: Arc<Semaphore>,
+    connections_max: usize,
+    /// A permit per handshake in progress (`HUBCAST_HANDSHAKES_PENDING_MAX`).
+    pending: Arc<Semaphore>,
+    /// `HUBCAST_HANDSHAKES_PER_SECOND`
+    rate: Rate,
+    handshakes: Mutex<Handshakes>,
+    addresses: Arc<Guests<IpAddr>>,
+    users: Arc<Guests<Box<str>>>,
+}
+
+#[derive(Debug, Default)]
+struct Handshakes {
+    /// Those that were let in.
+    admitted: Meter,
+    /// Those that were not: in what time they all could be, one after another.
+    refused: Meter,
+}
+
+/// Why somebody is not let in, and when to come again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Denied {
+    /// The metric's label.
+    pub why: Refused,
+    /// For `Retry-After`.
+    pub wait: Duration,
+}
+
+/// A connection that was let in: the place it takes.
+#[derive(Debug)]
+pub struct Place {
+    _place: OwnedSemaphorePermit,
+    _address: Stay<IpAddr>,
+}
+
+/// A handshake in progress, until it is dropped.
+#[derive(Debug)]
+pub struct Pending {
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Admission {
+    /// Limits as configured, for so many connections.
+    pub fn new(limits: &LimitsConfig, connections_max: usize) -> Self {
+        Self {
+            places: Arc::new(Semaphore::new(connections_max)),
+            connections_max,
+            pending: Arc::new(Semaphore::new(limits.handshakes_pending_max)),
+            rate: limits.handshakes.rate(),
+            handshakes: Mutex::default(),
+            addresses: Guests::new(limits.connections_per_address, limits.handshakes_per_address.rate()),
+            users: Guests::new(limits.connections_per_user, Rate::UNLIMITED),
+        }
+    }
+
+    /// Lets a connection in, or not. Who is refused for its address costs the others nothing.
+    ///
+    /// # Errors
+    /// Why not, and when to come again.
+    pub fn admit(&self, addr: IpAddr, now_us: u64) -> Result<(Place, Pending), Denied> {
+        let address = self.addresses.enter(&guests::network(addr), now_us).map_err(|unwelcome| match unwelcome {
+            Unwelcome::Connections => Denied { why: Refused::AddressConnections, wait: random(PLACE_WAIT) },
+            Unwelcome::Handshakes(wait) => Denied { why: Refused::AddressRate, wait },
+        })?;
+        let permit = |semaphore: &Arc<Semaphore>, why| {
+            Arc::clone(semaphore).try_acquire_owned().map_err(|_| Denied { why, wait: random(PLACE_WAIT) })
+        };
+        let place = permit(&self.places, Refused::Limit)?;
+        let pending = permit(&self.pending, Refused::Pending)?;
+        self.handshakes.lock().admit(&self.rate, now_us)?;
+        Ok((Place { _place: place, _address: address }, Pending { _permit: pending }))
+    }
+
+    /// A place for somebody who is told that there is none for him: as long as more than half of all are free.
+    pub fn spare_place(&self) -> Option<OwnedSemaphorePermit> {
+        let is_spare = self.places.available_permits() > self.connections_max / 2;
+        is_spare.then(|| Arc::clone(&self.places).try_acquire_owned().ok()).flatten()
+    }
+
+    /// One more connection of a user, whatever its address.
+    ///
+    /// # Errors
+    /// It has as many as it may have.
+    pub fn admit_user(&self, user: &str, now_us: u64) -> Result<Stay<Box<str>>, Denied> {
+        let denied = |_| Denied { why: Refused::UserConnections, wait: random(PLACE_WAIT) };
+        self.users.enter(&user.into(), now_us).map_err(denied)
+    }
+}
+
+impl Handshakes {
+    fn admit(&mut self, rate: &Rate, now_us: u64) -> Result<(), Denied> {
+        self.admitted.try_take(rate, now_us).map_err(|_| {
+            // Each gets a turn of its own, one after another at the rate; whole seconds blur that by one.
+            let wait = if self.refused.ahead(now_us) < WAIT_MAX {
+                let _ = self.refused.take(rate, 1, now_us);
+                self.refused.ahead(now_us)
+            } else {
+                WAIT_MAX / 2 + random(WAIT_MAX / 2)
+            };
+            Denied { why: Refused::Rate, wait }
+        })
+    }
+}
+
+impl Denied {
+    /// The value of `Retry-After`: whole seconds, at least one.
+    pub fn retry_after_s(&self) -> u64 {
+        self.wait.as_secs_f64().ceil().max(1.0) as u64
+    }
+
+    /// What a person is told.
+    pub fn message(&self) -> &'static str {
+        match self.why {
+            Refused::AddressConnections => "too many connections from this address",
+            Refused::AddressRate => "too many connections in a short time from this address",
+            Refused::UserConnections => "too many connections of this user",
+            Refused::Pending | Refused::Rate => "too many connect at once",
+            _ => "too many connections",
+        }
+    }
+}
+
+fn random(most: Duration) -> Duration {
+    most.mul_f64(rand::random())
+}

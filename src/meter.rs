@@ -1,0 +1,95 @@
+//! How often something may happen: a token bucket in one number. Pure, and no timer.
+//!
+//! It is the generic cell rate algorithm (ITU-T I.371): kept is only the moment at which everything
+//! taken so far would have been due at the allowed rate.
+
+use std::time::Duration;
+
+use crate::clock::micros;
+
+/// How often something may happen, and how much of it at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// Nanoseconds from one to the next; 0: no limit.
+    interval_ns: u64,
+    /// How far (ns) what happens may be ahead of the rate.
+    burst_ns: u64,
+}
+
+/// What a bucket says to one that was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Verdict {
+    /// It may happen.
+    Within,
+    /// It may not; asking again makes sense after this time.
+    Over(Duration),
+    /// As much again as a burst was tried although it was over: whoever does so does not listen.
+    Abuse,
+}
+
+/// One bucket.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Meter {
+    due_ns: u64,
+}
+
+impl Rate {
+    /// No limit.
+    pub const UNLIMITED: Self = Self { interval_ns: 0, burst_ns: 0 };
+
+    /// `number` in `period`, and as much at once as `burst` allows in the long run. Zero: no limit.
+    pub fn new(number: usize, period: Duration, burst: Duration) -> Self {
+        if number == 0 {
+            return Self::UNLIMITED;
+        }
+        let interval_ns = (micros(period) * 1000 / number as u64).max(1);
+        Self { interval_ns, burst_ns: (micros(burst) * 1000).max(interval_ns) }
+    }
+
+    /// Whether there is a limit.
+    pub fn is_limited(&self) -> bool {
+        self.interval_ns > 0
+    }
+}
+
+impl Meter {
+    /// Takes `count`, also if that is too much: whoever does not wait stays above the limit.
+    pub fn take(&mut self, rate: &Rate, count: usize, now_us: u64) -> Verdict {
+        if !rate.is_limited() {
+            return Verdict::Within;
+        }
+        let now_ns = now_us * 1000;
+        self.due_ns = self.due_ns.max(now_ns).saturating_add(rate.interval_ns.saturating_mul(count as u64));
+        let over_ns = (self.due_ns - now_ns).saturating_sub(rate.burst_ns);
+        match over_ns {
+            0 => Verdict::Within,
+            over_ns if over_ns > rate.burst_ns => Verdict::Abuse,
+            over_ns => Verdict::Over(Duration::from_nanos(over_ns)),
+        }
+    }
+
+    /// Takes one if that is not too much: whoever is refused costs the others nothing.
+    ///
+    /// # Errors
+    /// How long until there is one.
+    pub fn try_take(&mut self, rate: &Rate, now_us: u64) -> Result<(), Duration> {
+        let before = *self;
+        match self.take(rate, 1, now_us) {
+            Verdict::Within => Ok(()),
+            Verdict::Over(wait) => {
+                *self = before;
+                Err(wait)
+            }
+            Verdict::Abuse => {
+                *self = before;
+                Err(Duration::from_nanos(rate.burst_ns))
+            }
+        }
+    }
+
+    /// How far what was taken is ahead of the rate.
+    pub fn ahead(&self, now_us: u64) -> Duration {
+        Duration::from_nanos(self.due_ns.saturating_sub(now_us * 1000))
+    }
+}
