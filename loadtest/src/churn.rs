@@ -5,13 +5,12 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use anyhow::{Context as _, bail};
 use clap::Args;
 use mio::event::Event;
-use mio::net::TcpStream;
 use mio::{Interest, Registry, Token};
 
 use crate::options::{Crowd, Target, rate};
 use crate::publisher::Pace;
 use crate::report::Report;
-use crate::swarm::open;
+use crate::stream::Stream;
 use crate::wire;
 use crate::world::{COMPANION_TOKENS, Companion, World};
 
@@ -47,7 +46,7 @@ struct Churn {
 
 /// One connection with one pair of commands under way.
 struct Churner {
-    socket: TcpStream,
+    socket: Stream,
     input: Vec<u8>,
     unsent: Vec<u8>,
     is_upgraded: bool,
@@ -75,9 +74,9 @@ impl Churn {
         let mut churners = Vec::new();
         for at in 0..usize::from(options.churners) {
             let addr = options.target.addr;
-            let mut socket = open(addr, &wire::upgrade(&addr.to_string(), "/ws"))?;
+            let mut socket = Stream::open(addr, &wire::upgrade(&addr.to_string(), "/ws"), options.target.tls)?;
             let token = Token(COMPANION_TOKENS + at);
-            registry.register(&mut socket, token, Interest::READABLE | Interest::WRITABLE)?;
+            registry.register(&mut socket.tcp, token, Interest::READABLE | Interest::WRITABLE)?;
             let commands = (0..options.churned).map(|number| {
                 let name = match options.same_channels {
                     true => wire::channel(usize::from(number) % options.crowd.channels),

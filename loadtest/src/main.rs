@@ -25,6 +25,7 @@ mod publisher;
 mod report;
 mod slow;
 mod storm;
+mod stream;
 mod summary;
 mod swarm;
 mod tally;

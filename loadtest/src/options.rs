@@ -14,6 +14,9 @@ pub(crate) struct Target {
     /// The gateway's public listener
     #[arg(long, default_value = "127.0.0.1:8080")]
     pub addr: SocketAddr,
+    /// Speak TLS to it, and take any certificate
+    #[arg(long)]
+    pub tls: bool,
     /// How publications reach the gateway
     #[arg(long, value_enum, default_value = "socket")]
     via: Via,
@@ -81,7 +84,14 @@ impl Target {
             Via::Http => self.api,
             Via::Redis => self.redis,
         };
-        Destination { via: self.via, addr, redis_prefix: self.redis_prefix.clone(), api_key: self.api_key.clone() }
+        let is_tls = self.tls && self.via == Via::Socket;
+        Destination {
+            via: self.via,
+            addr,
+            is_tls,
+            redis_prefix: self.redis_prefix.clone(),
+            api_key: self.api_key.clone(),
+        }
     }
 
     /// The options as the report shows them.
@@ -92,7 +102,7 @@ impl Target {
             Via::Redis => "Redis",
         };
         vec![
-            ("server".into(), self.addr.to_string()),
+            ("server".into(), format!("{}{}", self.addr, if self.tls { ", TLS" } else { "" })),
             ("subscribers".into(), crowd.subscribers.to_string()),
             ("channels".into(), crowd.channels.to_string()),
             ("subscriptions of each".into(), crowd.subscriptions.to_string()),

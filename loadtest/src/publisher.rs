@@ -5,11 +5,10 @@ use std::net::SocketAddr;
 
 use anyhow::{Context as _, bail};
 use clap::ValueEnum;
-use mio::net::TcpStream;
 use mio::{Interest, Registry, Token};
 
 use crate::machine::now_us;
-use crate::swarm::open;
+use crate::stream::Stream;
 use crate::wire;
 
 /// How publications reach the gateway.
@@ -28,6 +27,7 @@ pub(crate) enum Via {
 pub(crate) struct Destination {
     pub via: Via,
     pub addr: SocketAddr,
+    pub is_tls: bool,
     pub redis_prefix: String,
     pub api_key: Option<String>,
 }
@@ -44,7 +44,7 @@ pub(crate) struct Publishers {
 }
 
 struct Link {
-    socket: TcpStream,
+    socket: Stream,
     /// What the socket did not take yet.
     unsent: Vec<u8>,
     /// An answer that is not complete yet.
@@ -68,8 +68,8 @@ impl Publishers {
         };
         let mut links = Vec::with_capacity(count);
         for at in 0..count {
-            let mut socket = open(destination.addr, &request).context("a publisher")?;
-            registry.register(&mut socket, Token(token_base + at), Interest::READABLE | Interest::WRITABLE)?;
+            let mut socket = Stream::open(destination.addr, &request, destination.is_tls).context("a publisher")?;
+            registry.register(&mut socket.tcp, Token(token_base + at), Interest::READABLE | Interest::WRITABLE)?;
             let is_ready = destination.via != Via::Socket;
             links.push(Link { socket, unsent: Vec::new(), input: Vec::new(), is_ready });
         }

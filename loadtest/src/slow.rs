@@ -80,6 +80,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
 
 impl Slow {
     fn connect(options: &Options) -> anyhow::Result<Self> {
+        anyhow::ensure!(!options.target.tls, "this command speaks no TLS");
         let mut readers = Vec::new();
         for at in 0..usize::from(options.stalled) + usize::from(options.trickling) {
             let socket = Socket::new(Domain::for_address(options.target.addr), Type::STREAM, None)?;

@@ -12,6 +12,7 @@ use socket2::{Domain, Socket, Type};
 
 use crate::flights::Flights;
 use crate::machine::now_us;
+use crate::stream::Stream;
 use crate::tally::Tally;
 use crate::wire;
 
@@ -22,6 +23,7 @@ const READ_BYTES: usize = 1 << 20;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Plan {
     pub addr: SocketAddr,
+    pub is_tls: bool,
     /// Local addresses to connect from, in turn; each has its own 28,000 ports. None: the system's choice.
     pub sources: Vec<IpAddr>,
     /// The number of the first connection, how many there are, and the step to the next.
@@ -57,7 +59,7 @@ pub(crate) struct Swarm {
 
 #[derive(Debug)]
 struct Connection {
-    socket: Option<TcpStream>,
+    socket: Option<Stream>,
     state: State,
     /// Bytes of a frame that is not complete yet.
     tail: Vec<u8>,
@@ -139,8 +141,9 @@ impl Swarm {
             let Some(at) = self.waiting.pop_front() else { break };
             let number = self.plan.first + at * self.plan.stride;
             let source = (!self.plan.sources.is_empty()).then(|| self.plan.sources[number % self.plan.sources.len()]);
-            let mut socket = connect(self.plan.addr, source).with_context(|| format!("connection {number}"))?;
-            registry.register(&mut socket, Token(self.token_base + at), Interest::READABLE | Interest::WRITABLE)?;
+            let socket = connect(self.plan.addr, source).with_context(|| format!("connection {number}"))?;
+            let mut socket = Stream::new(socket, self.plan.addr, self.plan.is_tls)?;
+            registry.register(&mut socket.tcp, Token(self.token_base + at), Interest::READABLE | Interest::WRITABLE)?;
             self.connections[at].socket = Some(socket);
             self.connections[at].state = State::Connecting;
             self.connecting += 1;
@@ -176,15 +179,17 @@ impl Swarm {
 
     fn upgrade(&mut self, at: usize, registry: &Registry) -> anyhow::Result<()> {
         let Some(socket) = &mut self.connections[at].socket else { return Ok(()) };
-        match socket.peer_addr() {
+        match socket.tcp.peer_addr() {
             Ok(_) => {}
-            Err(error) if error.kind() == ErrorKind::NotConnected && socket.take_error()?.is_none() => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::NotConnected && socket.tcp.take_error()?.is_none() => {
+                return Ok(());
+            }
             Err(error) => {
                 self.end(at, &format!("connect: {error}"));
                 return Ok(());
             }
         }
-        socket.set_nodelay(true)?;
+        socket.tcp.set_nodelay(true)?;
         let names: Vec<_> =
             (0..self.plan.subscriptions).map(|slot| wire::channel(self.plan.channel(at, slot))).collect();
         let path = format!("/ws?channels={}", names.join(","));
@@ -194,7 +199,8 @@ impl Swarm {
             self.end(at, "the request was not taken");
             return Ok(());
         }
-        registry.reregister(socket, Token(self.token_base + at), Interest::READABLE)?;
+        // A TLS handshake that writes more than a fresh socket takes is none of ours.
+        registry.reregister(&mut socket.tcp, Token(self.token_base + at), Interest::READABLE)?;
         self.connections[at].state = State::Upgrading;
         Ok(())
     }
@@ -365,15 +371,6 @@ impl Plan {
 /// How many of the first `published` publications, dealt out in turn, went to a channel.
 fn sequence_after(published: u64, channel: usize, channels: usize) -> u64 {
     published.saturating_sub(channel as u64).div_ceil(channels as u64)
-}
-
-/// Connects, sends `request`, and goes on without blocking.
-pub(crate) fn open(addr: SocketAddr, request: &[u8]) -> anyhow::Result<TcpStream> {
-    let mut socket = std::net::TcpStream::connect(addr).with_context(|| format!("cannot connect to {addr}"))?;
-    socket.set_nodelay(true)?;
-    socket.write_all(request)?;
-    socket.set_nonblocking(true)?;
-    Ok(TcpStream::from_std(socket))
 }
 
 /// Begins a connect.

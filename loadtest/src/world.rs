@@ -321,6 +321,7 @@ impl World {
 pub(crate) fn plan(target: &Target, crowd: &Crowd, process: usize) -> Plan {
     Plan {
         addr: target.addr,
+        is_tls: target.tls,
         sources: target.sources.clone(),
         first: process,
         connections: (crowd.subscribers + target.processes - 1 - process) / target.processes,
