@@ -144,7 +144,7 @@ fn connection_json(connection: &Connection) -> Value {
         "connection_id": connection.id(),
         "instance_id": connection.shared().instance_id,
         "user": connection.user(),
-        "remote_address": connection.remote().to_string(),
+        "remote_address": connection.remote(),
         "connected_ms": connection.age_ms(),
         "subscriptions": connection.subscriptions.load(Ordering::Relaxed),
         "outbox": { "frames": frames, "bytes": bytes },

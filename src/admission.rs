@@ -58,7 +58,7 @@ pub struct Denied {
 #[derive(Debug)]
 pub struct Place {
     _place: OwnedSemaphorePermit,
-    _address: Stay<IpAddr>,
+    _address: Option<Stay<IpAddr>>,
 }
 
 /// A handshake in progress, until it is dropped.
@@ -81,15 +81,13 @@ impl Admission {
         }
     }
 
-    /// Lets a connection in, or not. Who is refused for its address costs the others nothing.
+    /// Lets a connection in, or not; without an address it is one that a proxy will tell. Who is refused for its
+    /// address costs the others nothing.
     ///
     /// # Errors
     /// Why not, and when to come again.
-    pub fn admit(&self, addr: IpAddr, now_us: u64) -> Result<(Place, Pending), Denied> {
-        let address = self.addresses.enter(&guests::network(addr), now_us).map_err(|unwelcome| match unwelcome {
-            Unwelcome::Connections => Denied { why: Refused::AddressConnections, wait: random(PLACE_WAIT) },
-            Unwelcome::Handshakes(wait) => Denied { why: Refused::AddressRate, wait },
-        })?;
+    pub fn admit(&self, addr: Option<IpAddr>, now_us: u64) -> Result<(Place, Pending), Denied> {
+        let address = addr.map(|addr| self.admit_address(addr, now_us)).transpose()?;
         let permit = |semaphore: &Arc<Semaphore>, why| {
             Arc::clone(semaphore).try_acquire_owned().map_err(|_| Denied { why, wait: random(PLACE_WAIT) })
         };
@@ -97,6 +95,17 @@ impl Admission {
         let pending = permit(&self.pending, Refused::Pending)?;
         self.handshakes.lock().admit(&self.rate, now_us)?;
         Ok((Place { _place: place, _address: address }, Pending { _permit: pending }))
+    }
+
+    /// One more connection of an address.
+    ///
+    /// # Errors
+    /// It has as many as it may have, or too many in a short time.
+    pub fn admit_address(&self, addr: IpAddr, now_us: u64) -> Result<Stay<IpAddr>, Denied> {
+        self.addresses.enter(&guests::network(addr), now_us).map_err(|unwelcome| match unwelcome {
+            Unwelcome::Connections => Denied { why: Refused::AddressConnections, wait: random(PLACE_WAIT) },
+            Unwelcome::Handshakes(wait) => Denied { why: Refused::AddressRate, wait },
+        })
     }
 
     /// A place for somebody who is told that there is none for him: as long as more than half of all are free.

@@ -39,7 +39,7 @@ pub struct Config {
     pub listen: SocketAddr,
     /// `HUBCAST_INTERNAL_LISTEN`
     pub internal_listen: SocketAddr,
-    /// `HUBCAST_ORIGINS`
+    /// `HUBCAST_ORIGINS`, proxies and TLS
     pub edge: EdgeConfig,
     /// `HUBCAST_INSECURE_INTERNAL`
     pub insecure_internal: bool,
@@ -106,6 +106,12 @@ pub struct Config {
 /// What is wrong with a variable, in one line.
 #[derive(Debug)]
 pub struct ConfigError(String);
+
+impl ConfigError {
+    pub(crate) fn new(line: &str) -> Self {
+        Self(line.to_owned())
+    }
+}
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -10,7 +10,6 @@ use std::task::{Context as TaskContext, Poll};
 use atomic_waker::AtomicWaker;
 use dashmap::DashMap;
 use parking_lot::Mutex;
-use tokio::net::TcpStream;
 
 use crate::clock;
 use crate::close::CloseReason;
@@ -24,6 +23,7 @@ use crate::presence::Presence;
 use crate::presence_store::Member;
 use crate::publication::Format;
 use crate::registry::Registry;
+use crate::socket::Socket;
 use crate::writer::{Transport, Writer};
 
 /// What all connections share.
@@ -73,7 +73,7 @@ pub struct Connection {
     remote: SocketAddr,
     user: Option<Box<str>>,
     format: Format,
-    socket: TcpStream,
+    socket: Socket,
     outbox: Outbox,
     waker: AtomicWaker,
     reason: OnceLock<CloseReason>,
@@ -113,7 +113,7 @@ impl Connection {
     /// Opens a connection on an upgraded socket. The first ping is due at `ping_due_us`.
     pub fn open(
         shared: Arc<Shared>,
-        socket: TcpStream,
+        socket: Socket,
         remote: SocketAddr,
         user: Option<Box<str>>,
         format: Format,
@@ -162,9 +162,9 @@ impl Connection {
         self.number
     }
 
-    /// The peer's address.
-    pub fn remote(&self) -> SocketAddr {
-        self.remote
+    /// The client's address as text: without a port where a proxy told none.
+    pub fn remote(&self) -> String {
+        if self.remote.port() == 0 { self.remote.ip().to_string() } else { self.remote.to_string() }
     }
 
     /// Whose it is, as the client says.
@@ -182,8 +182,8 @@ impl Connection {
         (clock::now_us() - self.opened_us) / 1000
     }
 
-    /// The socket, for reading and for options.
-    pub fn socket(&self) -> &TcpStream {
+    /// The transport, for reading and for options.
+    pub fn socket(&self) -> &Socket {
         &self.socket
     }
 
@@ -291,7 +291,7 @@ impl Connection {
         if may_read && self.is_asked.load(Ordering::Acquire) {
             return Poll::Ready(Wake::Asked);
         }
-        if may_read && self.socket.poll_read_ready(context).is_ready() {
+        if may_read && self.socket.tcp().poll_read_ready(context).is_ready() {
             return Poll::Ready(Wake::Readable);
         }
         Poll::Pending
@@ -313,7 +313,7 @@ impl Connection {
 
     fn poll_writable(&self, context: &mut TaskContext<'_>) -> Poll<()> {
         match self.outbox.phase() {
-            Phase::Blocked => self.socket.poll_write_ready(context).map(drop),
+            Phase::Blocked => self.socket.tcp().poll_write_ready(context).map(drop),
             _ => Poll::Pending,
         }
     }
@@ -399,10 +399,11 @@ impl Subscriber for Arc<Connection> {
 
 impl Transport for Connection {
     fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        match slices {
-            [one] => self.socket.try_write(one),
-            many => self.socket.try_write_vectored(many),
-        }
+        self.socket.try_write(slices)
+    }
+
+    fn flush(&self, has_progress: &mut bool) -> io::Result<()> {
+        Transport::flush(&self.socket, has_progress)
     }
 }
 

@@ -3,7 +3,6 @@
 use std::io;
 use std::time::Duration;
 
-use socket2::SockRef;
 use tokio::time::timeout;
 
 use crate::close::CloseReason;
@@ -36,7 +35,7 @@ pub(crate) async fn finish(connection: &Connection) -> bool {
         connection.cut();
         return false;
     }
-    let _ = SockRef::from(connection.socket()).shutdown(std::net::Shutdown::Write);
+    let _ = timeout(CLOSE_SEND_TIME, connection.socket().end_writing()).await;
     timeout(CLOSE_WAIT_TIME, discard_input(connection)).await.unwrap_or(false)
 }
 
@@ -44,10 +43,10 @@ pub(crate) async fn finish(connection: &Connection) -> bool {
 async fn discard_input(connection: &Connection) -> bool {
     let mut budget = DISCARD_BYTES_MAX;
     loop {
-        if connection.socket().readable().await.is_err() {
+        if connection.socket().tcp().readable().await.is_err() {
             return true;
         }
-        match connection.socket().try_read(&mut [0; DISCARD_READ_BYTES]) {
+        match connection.socket().tcp().try_read(&mut [0; DISCARD_READ_BYTES]) {
             Ok(0) => return true,
             Ok(len) if len < budget => budget -= len,
             Ok(_) => return false,

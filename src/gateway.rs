@@ -42,6 +42,7 @@ use crate::redis_tasks::Redis;
 use crate::registry::{self, Registry};
 use crate::servers::Servers;
 use crate::session::{End, SessionContext};
+use crate::tls::Tls;
 
 /// Connections that the kernel keeps for us while we are busy.
 const BACKLOG: u32 = 4096;
@@ -98,6 +99,7 @@ impl Gateway {
         let (addr, internal_addr) = (listener.local_addr()?, internal.local_addr()?);
         let api_keys = ApiKeys::load(config.api_keys.clone()).map_err(anyhow::Error::msg)?;
         let api_keys = Arc::new(api_keys);
+        let tls = config.edge.tls.as_ref().map(Tls::load).transpose().map_err(anyhow::Error::msg)?.map(Arc::new);
         let redis = Redis::new(&config, &instance_id)?;
         let (cluster, questions) = Cluster::new(&config.redis_channel_prefix);
         let (presence, questions_of_presence) = presence(&config, redis.as_ref().map(Redis::servers));
@@ -140,26 +142,13 @@ impl Gateway {
             tasks.push(tokio::spawn(cluster::run(Arc::clone(&broker), questions)));
         }
         tasks.push(tokio::spawn(Arc::clone(&api_keys).watch(Arc::clone(&broker.shared))));
+        tasks.extend(tls.clone().map(|tls| tokio::spawn(tls.watch(Arc::clone(&broker.shared)))));
         let api = Arc::new(Api { broker: Arc::clone(&broker), keys: api_keys, body_timeout: config.handshake_timeout });
-        let public = Arc::new(Public {
-            sessions: Arc::new(SessionContext {
-                broker: Arc::clone(&broker),
-                rules: config.channel_rules,
-                message_bytes_max: config.message_bytes_max,
-                subscriptions_max: config.subscriptions_max,
-                ping_interval: config.ping_interval,
-            }),
-            admission: Admission::new(&config.limits, connections_max(config.connections_max)),
-            refusals: Arc::new(Semaphore::new(RESERVED_FILES / 4)),
-            handshake_timeout: config.handshake_timeout,
-            write_timeout: config.write_timeout,
-            origins: config.edge.origins,
-            is_echo_on: config.echo,
-            ended: Arc::clone(&ended),
-        });
+        let (handshake_timeout, drain_time) = (config.handshake_timeout, config.drain_time);
+        let public = public(config, &broker, &ended, tls);
         tasks.push(tokio::spawn(listen::public(listener, public)));
-        tasks.push(tokio::spawn(listen::internal(internal, api, config.handshake_timeout)));
-        Ok(Self { addr, internal_addr, broker, ended, drain_time: config.drain_time, tasks })
+        tasks.push(tokio::spawn(listen::internal(internal, api, handshake_timeout)));
+        Ok(Self { addr, internal_addr, broker, ended, drain_time, tasks })
     }
 
     /// Where WebSocket clients connect.
@@ -303,6 +292,29 @@ fn presence(config: &Config, servers: Option<Arc<Servers>>) -> (Presence, Questi
     };
     let settings = presence::Settings { debounce: config.presence_debounce, lease: config.registry_lease };
     Presence::new(settings, store)
+}
+
+/// What the public listener works with.
+fn public(config: Config, broker: &Arc<Broker>, ended: &Arc<Ended>, tls: Option<Arc<Tls>>) -> Arc<Public> {
+    Arc::new(Public {
+        sessions: Arc::new(SessionContext {
+            broker: Arc::clone(broker),
+            rules: config.channel_rules,
+            message_bytes_max: config.message_bytes_max,
+            subscriptions_max: config.subscriptions_max,
+            ping_interval: config.ping_interval,
+        }),
+        admission: Admission::new(&config.limits, connections_max(config.connections_max)),
+        refusals: Arc::new(Semaphore::new(RESERVED_FILES / 4)),
+        handshake_timeout: config.handshake_timeout,
+        write_timeout: config.write_timeout,
+        proxies: config.edge.proxies,
+        is_behind_proxy: config.edge.proxy_protocol,
+        tls,
+        origins: config.edge.origins,
+        is_echo_on: config.echo,
+        ended: Arc::clone(ended),
+    })
 }
 
 /// The tasks that every gateway has: one per lane, and the sweep.

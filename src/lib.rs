@@ -5,13 +5,13 @@
 //! 2. `channel`, found by `hub`, puts it in its order; a socket's waits there for others (`bundle`) until the lane's turn;
 //! 3. `channel` walks its subscribers under its order lock, `publication` encodes once per wire format;
 //! 4. `outbox` queues the frame and says who must be flushed;
-//! 5. `lanes` write each scheduled outbox at once (`writer`).
+//! 5. `lanes` write each scheduled outbox at once (`writer`) to its `socket`.
 //!
 //! Where a socket refuses and its queue (`backlog`) is full, `eviction` decides what goes if the channels' rules
 //! (`slow_policy`) let something go, and `telling` knows how far the client was told.
 //!
 //! # One command, from a socket to its reply
-//! `listen` (accept, `admission`, `handshake`, `origin`) → `session` (read, `websocket` frames) → `protocol` (typed command) →
+//! `listen` (accept, `admission`, `proxy_protocol`, `tls`, `handshake`, `origin`, `proxies`) → `session` (read, `websocket` frames) → `protocol` (typed command) →
 //! `dispatch` (carried out, answered) → `hub` (join, or leave) → with Redis, `multiplexer` confirms the channel and lets the
 //! subscriber in.
 //!
@@ -36,7 +36,8 @@
 //!
 //! # Invariants
 //! 1. Hub, channel, outbox, protocol, event and websocket do no I/O; hub and protocol never await.
-//! 2. After the upgrade a socket is written only by whoever holds its outbox's write right; only
+//! 2. After the upgrade a socket is written only by whoever holds its outbox's write right
+//!    (TLS records that it holds back are `socket`'s); only
 //!    `multiplexer`, `publisher`, `inbox`, `registry`, `commands`, `presence_redis` (through it `presence_writer`),
 //!    `history_redis` (through it `repair` and `history_reader`), `replication` and the `redis_*` modules know Redis; only `config` reads the environment.
 //! 3. Every queue has a bound and a named policy when full.
@@ -64,7 +65,10 @@ pub mod dispatch;
 pub mod ending;
 pub mod handshake;
 pub mod origin;
+pub mod proxies;
+pub mod proxy_protocol;
 pub mod session;
+pub mod tls;
 pub mod websocket;
 
 pub mod event;
@@ -98,6 +102,7 @@ pub mod lanes;
 pub mod outbox;
 pub mod outbox_state;
 pub mod slow_policy;
+pub mod socket;
 pub mod telling;
 pub mod writer;
 

@@ -1,7 +1,7 @@
 //! The two accept loops, and a public connection's way from its first byte to its session.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use parking_lot::Mutex;
 use socket2::SockRef;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
@@ -31,7 +32,11 @@ use crate::handshake::Mode;
 use crate::handshake::{self, Handshake};
 use crate::metrics::{Metrics, Refused};
 use crate::origin::Origins;
+use crate::proxies::Proxies;
+use crate::proxy_protocol;
 use crate::session::{Session, SessionContext};
+use crate::socket::Socket;
+use crate::tls::Tls;
 use crate::turned_away;
 
 /// Unsent bytes that the kernel keeps for one connection: more would hide a stalled client from us.
@@ -56,6 +61,12 @@ pub struct Public {
     pub handshake_timeout: Duration,
     /// `HUBCAST_WRITE_TIMEOUT`, after which the kernel gives up a peer that acknowledges nothing.
     pub write_timeout: Duration,
+    /// Who may say for whom it speaks.
+    pub proxies: Proxies,
+    /// `HUBCAST_PROXY_PROTOCOL`
+    pub is_behind_proxy: bool,
+    /// TLS, where the listener speaks it.
+    pub tls: Option<Arc<Tls>>,
     /// `HUBCAST_ORIGINS`
     pub origins: Origins,
     /// `--echo`
@@ -68,7 +79,7 @@ pub struct Public {
 pub async fn public(listener: TcpListener, public: Arc<Public>) {
     loop {
         let (socket, remote) = accept(&listener, public.metrics()).await;
-        match public.admission.admit(remote.ip(), clock::now_us()) {
+        match public.admission.admit(public.own_address(remote), clock::now_us()) {
             Ok((place, pending)) => {
                 let public = Arc::clone(&public);
                 tokio::spawn(async move { public.serve(socket, remote, (place, pending)).await });
@@ -126,19 +137,22 @@ fn http_builder(head_timeout: Duration) -> http1::Builder {
 
 /// A connection whose handshake is done.
 struct Upgraded {
-    socket: TcpStream,
+    socket: Socket,
     /// What arrived behind the upgrade request.
     behind: Bytes,
     accepted: Accepted,
 }
+
+/// Counts a connection among those of its user, and of its address where a proxy tells it.
+type Stays = (Stay<Box<str>>, Option<Stay<IpAddr>>);
 
 /// What a handshake came to.
 struct Accepted {
     upgrade: OnUpgrade,
     mode: Mode,
     user: Option<Box<str>>,
-    /// Counts the connection among those of the user.
-    stay: Stay<Box<str>>,
+    stay: Stays,
+    remote: SocketAddr,
 }
 
 impl Public {
@@ -149,6 +163,10 @@ impl Public {
     /// Even refusing has a bound; beyond it nobody waits for the peer to read the answer.
     fn turn_away(&self, socket: TcpStream, denied: Denied) {
         self.metrics().refused(denied.why);
+        if self.tls.is_some() {
+            // A handshake to say so would cost more than letting him in; without one he could not read it.
+            return;
+        }
         let permit = self.admission.spare_place().or_else(|| Arc::clone(&self.refusals).try_acquire_owned().ok());
         match permit {
             Some(permit) => drop(tokio::spawn(async move {
@@ -160,12 +178,12 @@ impl Public {
     }
 
     /// The whole life of a public connection.
-    async fn serve(&self, socket: TcpStream, remote: SocketAddr, (_place, pending): (Place, Pending)) {
+    async fn serve(&self, socket: TcpStream, peer: SocketAddr, (_place, pending): (Place, Pending)) {
         // Boxed, so that the HTTP phase's memory is gone while the session lives.
-        let Some(upgraded) = Box::pin(self.handshake(socket)).await else { return };
+        let Some(upgraded) = Box::pin(self.handshake(socket, peer)).await else { return };
         drop(pending);
-        let Upgraded { socket, behind, accepted: Accepted { mode, user, stay: _stay, .. } } = upgraded;
-        self.tune(&socket);
+        let Upgraded { socket, behind, accepted: Accepted { mode, user, remote, stay: _stay, .. } } = upgraded;
+        self.tune(socket.tcp());
         let mut guard = self.ended.enter();
         let shared = Arc::clone(&self.sessions.broker.shared);
         let first_ping_us = clock::now_us() + first_ping(self.sessions.ping_interval);
@@ -179,37 +197,88 @@ impl Public {
         guard.end = session.run(mode).await;
     }
 
-    /// Speaks HTTP until the upgrade, within the handshake timeout.
-    async fn handshake(&self, socket: TcpStream) -> Option<Upgraded> {
+    /// Everything before the session, within the handshake timeout.
+    async fn handshake(&self, socket: TcpStream, peer: SocketAddr) -> Option<Upgraded> {
+        let arrival = tokio::time::timeout(self.handshake_timeout, self.arrive(socket, peer)).await;
+        arrival.unwrap_or_else(|_| {
+            self.metrics().refused(Refused::Timeout);
+            None
+        })
+    }
+
+    /// The proxy's header, TLS and HTTP, in this order, as far as the listener has them.
+    async fn arrive(&self, mut socket: TcpStream, peer: SocketAddr) -> Option<Upgraded> {
+        let peer = self.proxied(&mut socket, peer).await?;
+        let Some(tls) = &self.tls else {
+            let (socket, behind, accepted) = self.speak_http(socket, peer).await?;
+            return Some(Upgraded { socket: Socket::plain(socket), behind, accepted });
+        };
+        let stream = tls.accept(socket).await.inspect_err(|error| {
+            debug!(%error, %peer, "no TLS handshake");
+            self.metrics().refused(Refused::Tls);
+        });
+        let (stream, behind, accepted) = self.speak_http(stream.ok()?, peer).await?;
+        let (socket, session) = stream.into_inner();
+        let (socket, behind) = Socket::tls(socket, session, behind).ok()?;
+        Some(Upgraded { socket, behind, accepted })
+    }
+
+    /// Who is at the other end: with the PROXY protocol only a listed proxy may come, and says it.
+    async fn proxied(&self, socket: &mut TcpStream, peer: SocketAddr) -> Option<SocketAddr> {
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+        if !self.is_behind_proxy {
+            return Some(peer);
+        }
+        let client = match self.proxies.trust(peer.ip()) {
+            true => proxy_protocol::read(socket).await,
+            false => Err(io::Error::other("it is no listed proxy")),
+        };
+        let client = client.inspect_err(|error| {
+            debug!(%error, %peer, "no PROXY protocol");
+            self.metrics().refused(Refused::ProxyProtocol);
+        });
+        Some(client.ok()?.unwrap_or(peer))
+    }
+
+    /// Speaks HTTP until the upgrade; gives the stream back, and what was read behind the request.
+    async fn speak_http<S>(&self, stream: S, peer: SocketAddr) -> Option<(S, Bytes, Accepted)>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
         let accepted: Mutex<Option<Accepted>> = Mutex::new(None);
         let service = service_fn(|request: Request<Incoming>| {
-            let answer = self.answer(request, &accepted);
+            let answer = self.answer(request, peer, &accepted);
             async move { Ok::<_, io::Error>(answer) }
         });
         let connection =
-            http_builder(self.handshake_timeout).serve_connection(TokioIo::new(socket), service).with_upgrades();
-        match tokio::time::timeout(self.handshake_timeout, connection).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) if error.is_timeout() => self.metrics().refused(Refused::Timeout),
-            Ok(Err(error)) => debug!(%error, "connection ended before the upgrade"),
-            Err(_) => self.metrics().refused(Refused::Timeout),
+            http_builder(self.handshake_timeout).serve_connection(TokioIo::new(stream), service).with_upgrades();
+        match connection.await {
+            Ok(()) => {}
+            Err(error) if error.is_timeout() => self.metrics().refused(Refused::Timeout),
+            Err(error) => debug!(%error, "connection ended before the upgrade"),
         }
         let mut accepted = accepted.lock().take()?;
-        let parts = (&mut accepted.upgrade).await.ok()?.downcast::<TokioIo<TcpStream>>().ok()?;
-        Some(Upgraded { socket: parts.io.into_inner(), behind: parts.read_buf, accepted })
+        let parts = (&mut accepted.upgrade).await.ok()?.downcast::<TokioIo<S>>().ok()?;
+        Some((parts.io.into_inner(), parts.read_buf, accepted))
     }
 
-    fn answer(&self, mut request: Request<Incoming>, accepted: &Mutex<Option<Accepted>>) -> Response<Full<Bytes>> {
+    fn answer(
+        &self,
+        mut request: Request<Incoming>,
+        peer: SocketAddr,
+        accepted: &Mutex<Option<Accepted>>,
+    ) -> Response<Full<Bytes>> {
         if self.sessions.broker.health.is_draining() {
             self.metrics().refused(Refused::Draining);
             return ApiError::handshake(StatusCode::SERVICE_UNAVAILABLE, "draining").last_response();
         }
         // Taken first: the crate's own upgrade would hide the socket behind a trait object.
         let upgrade = hyper::upgrade::on(&mut request);
+        let remote = self.proxies.client(peer, request.headers());
         match handshake::check(&mut request, self.is_echo_on, &self.origins) {
-            Ok(Handshake { mode, user, response }) => match self.admit_user(user.as_deref()) {
+            Ok(Handshake { mode, user, response }) => match self.admit_guest(user.as_deref(), peer, remote) {
                 Ok(stay) => {
-                    *accepted.lock() = Some(Accepted { upgrade, mode, user, stay });
+                    *accepted.lock() = Some(Accepted { upgrade, mode, user, remote, stay });
                     response
                 }
                 Err(denied) => {
@@ -224,8 +293,17 @@ impl Public {
         }
     }
 
-    fn admit_user(&self, user: Option<&str>) -> Result<Stay<Box<str>>, Denied> {
-        user.map_or(Ok(Stay::default()), |user| self.admission.admit_user(user, clock::now_us()))
+    /// The address that a connection counts for at once; a proxy's clients count for theirs once it is told.
+    fn own_address(&self, peer: SocketAddr) -> Option<IpAddr> {
+        (!self.proxies.trust(peer.ip())).then(|| peer.ip())
+    }
+
+    fn admit_guest(&self, user: Option<&str>, peer: SocketAddr, remote: SocketAddr) -> Result<Stays, Denied> {
+        let now_us = clock::now_us();
+        let is_told = self.is_behind_proxy || self.proxies.trust(peer.ip());
+        let address = is_told.then(|| self.admission.admit_address(remote.ip(), now_us)).transpose()?;
+        let user = user.map_or(Ok(Stay::default()), |user| self.admission.admit_user(user, now_us))?;
+        Ok((user, address))
     }
 
     /// Options that keep the kernel from hiding a stalled client. A socket that refuses them is about to fail anyway.

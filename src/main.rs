@@ -60,10 +60,11 @@ async fn run(config: Config) -> anyhow::Result<()> {
     for note in &config.notes {
         info!("{note}");
     }
+    let scheme = if config.edge.tls.is_some() { "wss" } else { "ws" };
     let gateway = Gateway::start(config)?;
     let (public, internal) = (gateway.addr(), gateway.internal_addr());
     say(&format!(
-        "hubcast {} is ready\n  clients connect to  ws://{public}/ws?channels=news\n  backends publish with\n    curl -d '{{\"hello\":\"world\"}}' http://{internal}/api/publish/news",
+        "hubcast {} is ready\n  clients connect to  {scheme}://{public}/ws?channels=news\n  backends publish with\n    curl -d '{{\"hello\":\"world\"}}' http://{internal}/api/publish/news",
         env!("CARGO_PKG_VERSION")
     ));
     tokio::select! {

@@ -69,10 +69,14 @@ pub enum Refused {
     AddressConnections,
     /// `HUBCAST_CONNECTIONS_PER_USER` is reached.
     UserConnections,
+    /// Not from a listed proxy, or without its header, and `HUBCAST_PROXY_PROTOCOL` is on.
+    ProxyProtocol,
+    /// The TLS handshake failed.
+    Tls,
 }
 
 impl Refused {
-    const LABELS: [&'static str; 10] = [
+    const LABELS: [&'static str; 12] = [
         "limit",
         "draining",
         "handshake",
@@ -83,6 +87,8 @@ impl Refused {
         "address_rate",
         "address_connections",
         "user_connections",
+        "proxy_protocol",
+        "tls",
     ];
 }
 
@@ -102,10 +108,12 @@ pub enum ApiRefused {
 pub enum Reloaded {
     /// Those of `HUBCAST_API_KEYS`.
     ApiKeys,
+    /// `HUBCAST_TLS_CERT` and `HUBCAST_TLS_KEY`.
+    Certificate,
 }
 
 impl Reloaded {
-    const LABELS: [&'static str; 1] = ["api_keys"];
+    const LABELS: [&'static str; 2] = ["api_keys", "certificate"];
 
     /// The label.
     pub fn as_str(self) -> &'static str {

@@ -150,7 +150,17 @@ impl<L: Lock<State>> Outbox<L> {
 
     /// Writes everything pending. Only the owner of the write right may call this.
     pub fn flush(&self, transport: &impl Transport, writer: &mut Writer, limits: &Limits, now_us: u64) -> Flushed {
+        writer.batch.clear();
         loop {
+            // What the transport still holds is not sent: as long as the socket refuses it nobody is idle.
+            match transport.flush(&mut writer.batch.progress) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let progress = writer.batch.progress;
+                    return self.state.with(|state| state.hold_back(progress, limits, now_us));
+                }
+                Err(_) => return self.fail_writing(writer),
+            }
             if let Some(end) = self.state.with(|state| state.take(&mut writer.batch, now_us)) {
                 return end;
             }
@@ -162,13 +172,15 @@ impl<L: Lock<State>> Outbox<L> {
                     writer.frames_dropped += dropped as u64;
                     return end;
                 }
-                Err(_) => {
-                    writer.frames_dropped += (writer.batch.dropped() + self.state.with(State::fail)) as u64;
-                    writer.batch.clear();
-                    return Flushed::Failed;
-                }
+                Err(_) => return self.fail_writing(writer),
             }
         }
+    }
+
+    fn fail_writing(&self, writer: &mut Writer) -> Flushed {
+        writer.frames_dropped += (writer.batch.dropped() + self.state.with(State::fail)) as u64;
+        writer.batch.clear();
+        Flushed::Failed
     }
 
     /// Ends the outbox without a close frame; returns how many messages that drops.

@@ -188,13 +188,28 @@ impl State {
         }
         // A close without the queue may have come during the write: then only what was begun goes before it.
         let dropped = if self.discarding && !batch.has_close { batch.keep_begun() } else { 0 };
-        self.phase = Phase::Blocked;
         self.queue.put_back(&batch.frames, batch.sent(), batch.head_sent);
+        self.block(batch.progress, limits, now_us);
+        batch.clear();
+        (Flushed::Blocked, dropped)
+    }
+
+    /// The same where all frames are written, but the transport holds something back that the socket refused.
+    pub(crate) fn hold_back(&mut self, progress: bool, limits: &Limits, now_us: u64) -> Flushed {
+        if self.phase == Phase::Failed {
+            return Flushed::Failed;
+        }
+        self.block(progress, limits, now_us);
+        Flushed::Blocked
+    }
+
+    fn block(&mut self, progress: bool, limits: &Limits, now_us: u64) {
+        self.phase = Phase::Blocked;
         if self.refused_us == 0 {
             self.refused_us = now_us;
             self.progress_us = now_us;
         }
-        if batch.progress {
+        if progress {
             self.progress_us = now_us;
         }
         if self.is_at_most_half(limits) {
@@ -202,8 +217,6 @@ impl State {
         } else if self.is_awaited {
             self.hold(now_us);
         }
-        batch.clear();
-        (Flushed::Blocked, dropped)
     }
 
     /// Not whenever the queue empties: bursts that follow each other would allocate at every one.
@@ -261,15 +274,16 @@ impl State {
     }
 
     pub(crate) fn is_overdue(&self, now_us: u64, age_us_max: u64) -> bool {
-        let Some((head, _)) = self.queue.head() else { return false };
         if self.phase != Phase::Blocked || self.closing || self.refused_us == 0 {
             return false;
         }
-        let waits_since_us = match head.is_replay || head.is_lossy() {
+        let waits_since_us = match self.queue.head() {
+            // The transport holds the last bytes back.
+            None => self.progress_us,
             // Whoever comes back has much to read, and whoever may lose some is behind: that takes its time as long
             // as it gets on.
-            true => self.progress_us,
-            false => self.refused_us.max(head.created_us).max(self.excused_us),
+            Some((head, _)) if head.is_replay || head.is_lossy() => self.progress_us,
+            Some((head, _)) => self.refused_us.max(head.created_us).max(self.excused_us),
         };
         self.is_slow(now_us) || now_us.saturating_sub(waits_since_us) > age_us_max
     }

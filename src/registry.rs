@@ -468,7 +468,7 @@ impl Roll for Shared {
             "instance": self.instance_id,
             "user": connection.user(),
             "connected_at_ms": connection.connected_at_ms(),
-            "remote": connection.remote().to_string(),
+            "remote": connection.remote(),
         }))
     }
 

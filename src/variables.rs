@@ -35,6 +35,27 @@ pub const VARIABLES: &[Variable] = &[
         "Comma list of the web pages that may connect: https://app.example.org, https://*.example.org for all subdomains, * for any. Without a list, pages of other hosts may connect only without cookies.",
     ),
     variable(
+        "HUBCAST_TRUSTED_PROXIES",
+        "",
+        "Comma list of addresses and networks, such as 10.0.0.0/8, of proxies in front: only they are believed whom they speak for. None: whoever connects is the client.",
+    ),
+    variable(
+        "HUBCAST_FORWARDING_HEADER",
+        "x-forwarded-for",
+        "The header that those proxies write: x-forwarded-for or forwarded. The other one may be the client's own, so it is never read.",
+    ),
+    variable(
+        "HUBCAST_PROXY_PROTOCOL",
+        "off",
+        "on: every public connection comes from a trusted proxy and begins with the PROXY protocol, version 1 or 2; others are closed.",
+    ),
+    variable(
+        "HUBCAST_TLS_CERT",
+        "",
+        "PEM file of the public listener's certificate and its chain; with it clients speak TLS. Read again when it changes.",
+    ),
+    variable("HUBCAST_TLS_KEY", "", "PEM file of its private key."),
+    variable(
         "HUBCAST_REDIS_URL",
         "",
         "redis://[user:password@]host:port[/db], rediss:// for TLS; a comma list as the mode says. Without it the instance is complete on its own.",

@@ -20,6 +20,16 @@ pub trait Transport {
     /// # Errors
     /// [`io::ErrorKind::WouldBlock`] if nothing fits now; anything else ends the connection.
     fn try_write(&self, slices: &[IoSlice<'_>]) -> io::Result<usize>;
+
+    /// Sends what the transport took and could not send yet; a plain socket never holds anything back. It sets
+    /// `has_progress` if the socket took some of it.
+    ///
+    /// # Errors
+    /// As [`Transport::try_write`].
+    fn flush(&self, has_progress: &mut bool) -> io::Result<()> {
+        let _ = has_progress;
+        Ok(())
+    }
 }
 
 /// Scratch space of one flusher, kept from flush to flush so that none allocates.

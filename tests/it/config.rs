@@ -35,6 +35,10 @@ fn bad_values_stop_the_start_with_one_line_that_says_what_is_allowed() {
         ("HUBCAST_INSECURE_INTERNAL", "yes", "true or false"),
         ("HUBCAST_ORIGINS", "app.example.org", "https://app.example.org"),
         ("HUBCAST_ORIGINS", "https://a.example.org/path", "https://*.example.org"),
+        ("HUBCAST_TRUSTED_PROXIES", "10.0.0.0/33", "10.0.0.0/8"),
+        ("HUBCAST_TRUSTED_PROXIES", "proxy.example.org", "networks"),
+        ("HUBCAST_FORWARDING_HEADER", "x-real-ip", "x-forwarded-for or forwarded"),
+        ("HUBCAST_PROXY_PROTOCOL", "v2", "on or off"),
         ("HUBCAST_CHANNEL_RULES", "{}", "a list such as"),
         ("HUBCAST_CHANNEL_RULES", r#"[{"match":"a*b"}]"#, "not at the end"),
         ("HUBCAST_CHANNEL_RULES", r#"[{"match":"a","slow":"newest"}]"#, "unknown variant"),
@@ -73,7 +77,7 @@ fn unknown_names_are_refused_with_the_nearest_known_one() {
         assert_eq!(load(&[(name, "x")]).unwrap_err(), format!("{name}: unknown, did you mean {nearest}?"));
     }
     // What is not built yet must not be silently ignored either.
-    for name in ["HUBCAST_AUTH", "HUBCAST_JWT_SECRET", "HUBCAST_TLS_CERT"] {
+    for name in ["HUBCAST_AUTH", "HUBCAST_JWT_SECRET"] {
         assert!(load(&[(name, "x")]).unwrap_err().starts_with(&format!("{name}: unknown")), "{name}");
     }
 }
@@ -106,6 +110,18 @@ fn an_open_internal_listener_must_be_said_explicitly() {
 }
 
 #[test]
+fn what_belongs_together_at_the_edge_must_be_said_together() {
+    for (name, other) in [
+        ("HUBCAST_TLS_CERT", "HUBCAST_TLS_KEY"),
+        ("HUBCAST_TLS_KEY", "HUBCAST_TLS_CERT"),
+        ("HUBCAST_PROXY_PROTOCOL", "HUBCAST_TRUSTED_PROXIES"),
+    ] {
+        let error = load(&[(name, "on")]).unwrap_err();
+        assert!(error.starts_with(name) && error.contains(&format!("allowed only with {other}")), "{error}");
+    }
+}
+
+#[test]
 fn a_redis_mode_needs_fitting_urls_and_a_refusal_shows_no_secret() {
     for mode in ["sentinel", "cluster"] {
         assert!(load(&[("HUBCAST_REDIS_MODE", mode)]).unwrap_err().contains("HUBCAST_REDIS_URL"), "{mode}");
@@ -127,6 +143,10 @@ fn the_printed_configuration_can_be_read_back_and_holds_no_secret() {
         ("HUBCAST_API_KEYS", "canary-one,canary-two"),
         ("HUBCAST_REDIS_URL", "redis://user:canary@localhost:6379/1"),
         ("HUBCAST_ORIGINS", "https://App.example.org:443, http://*.example.org:8000,*"),
+        ("HUBCAST_TRUSTED_PROXIES", "10.1.2.3/8, 192.0.2.1, 2001:db8::/32"),
+        ("HUBCAST_PROXY_PROTOCOL", "on"),
+        ("HUBCAST_TLS_CERT", "/etc/tls.crt"),
+        ("HUBCAST_TLS_KEY", "/etc/tls.key"),
         ("HUBCAST_PING_INTERVAL", "1m 30s"),
         ("HUBCAST_OUTBOX_BYTES", "3MiB"),
         ("HUBCAST_CHANNEL_RULES", rules),
@@ -138,6 +158,8 @@ fn the_printed_configuration_can_be_read_back_and_holds_no_secret() {
     assert_eq!(names, VARIABLES.iter().map(|variable| variable.name).collect::<Vec<_>>());
     for line in [
         "HUBCAST_ORIGINS=https://app.example.org,http://*.example.org:8000,*",
+        "HUBCAST_TRUSTED_PROXIES=10.0.0.0/8,192.0.2.1/32,2001:db8::/32",
+        "HUBCAST_TLS_KEY=/etc/tls.key",
         "HUBCAST_PING_INTERVAL=1m30s",
         "HUBCAST_OUTBOX_BYTES=3MiB",
         "HUBCAST_CONNECTIONS_MAX=1234",

@@ -316,3 +316,54 @@ fn a_refused_close_frame_is_not_lost() {
         assert_eq!(firsts, expected);
     }
 }
+
+/// A transport that takes everything, and holds back so many bytes until its socket takes some again, as TLS does.
+#[derive(Default)]
+struct Holding(parking_lot::Mutex<usize>);
+
+impl Transport for Holding {
+    fn try_write(&self, slices: &[std::io::IoSlice<'_>]) -> std::io::Result<usize> {
+        self.flush(&mut false)?;
+        *self.0.lock() = 2;
+        Ok(slices.iter().map(|slice| slice.len()).sum())
+    }
+
+    fn flush(&self, has_progress: &mut bool) -> std::io::Result<()> {
+        match &mut *self.0.lock() {
+            0 => Ok(()),
+            held => {
+                if *held == 1 {
+                    *has_progress = true;
+                    *held = 0;
+                }
+                Err(std::io::ErrorKind::WouldBlock.into())
+            }
+        }
+    }
+}
+
+/// What a transport took is not sent while its socket refuses it: nobody is idle, it has an age, and a close waits.
+#[test]
+fn what_a_transport_holds_back_belongs_to_the_blocked_outbox() {
+    let limits = Limits { messages: 10, bytes: 1000 };
+    let (outbox, socket) = (Outbox::default(), Holding::default());
+    let outbox: &Outbox = &outbox;
+    let flush = |now_us| outbox.flush(&socket, &mut Writer::default(), &limits, now_us);
+    assert_eq!(outbox.push(&Frame::text("x"), &limits), Push::Schedule);
+    assert_eq!(flush(100), Flushed::Blocked);
+    assert_eq!((outbox.depth(), outbox.push(&Frame::text("y"), &limits)), ((0, 0), Push::Queued));
+    assert_eq!(flush(200), Flushed::Blocked, "nothing is written over what is refused");
+    assert_eq!(outbox.depth().0, 1);
+    *socket.0.lock() = 0;
+    assert_eq!(flush(300), Flushed::Blocked, "taken, and refused in turn");
+    assert_eq!(outbox.depth(), (0, 0));
+    assert!(!outbox.sweep(1_100, 1_000));
+    *socket.0.lock() = 1;
+    assert_eq!(flush(600), Flushed::Blocked);
+    assert!(!outbox.sweep(1_500, 1_000), "its socket took something at 600");
+    assert!(outbox.sweep(1_700, 1_000), "and nothing since");
+    outbox.close(Frame::close(&CloseReason::SlowConsumer), false);
+    assert_eq!(flush(1_800), Flushed::Blocked);
+    *socket.0.lock() = 0;
+    assert_eq!(flush(1_900), Flushed::Finished);
+}
