@@ -103,6 +103,7 @@ impl Backlog {
 
     /// Everything is sent.
     pub fn run_empty(&mut self) {
+        self.made_progress();
         if self.telling.as_ref().is_some_and(|telling| telling.is_over()) {
             self.telling = None;
         }

@@ -21,13 +21,11 @@ use crate::frame::Frame;
 use crate::history_memory;
 use crate::history_view::{Gap, Start};
 use crate::members::{Members, Position};
+use crate::pending::Pending;
 use crate::publication::{Format, Message, Origin, Publication};
 use crate::slow_policy::SlowPolicy;
-use crate::ticket::{Place, Seat, Ticket};
+use crate::ticket::{Place, Ticket};
 use crate::upstream::{Step, Upstream};
-
-/// Most replies that can wait for one pending subscription: repeats of the same command.
-const PENDING_REPLIES_MAX: usize = 16;
 
 /// What a channel is like, by its rule.
 #[derive(Debug)]
@@ -89,20 +87,11 @@ pub(crate) struct State<S> {
     /// Where members stand, on a channel with history.
     pub(crate) cursor: Option<Cursor>,
     /// When the last subscriber left (µs); `None` while there is one.
-    idle_since_us: Option<u64>,
+    pub(crate) idle_since_us: Option<u64>,
     /// The link was lost while there were members: they are told when it is back.
     owes_gap: bool,
     /// Taken out of the hub; whoever still holds it must look the name up again.
     pub(crate) is_removed: bool,
-}
-
-/// A subscription that is not confirmed to the client yet.
-#[derive(Debug)]
-pub(crate) struct Pending<S> {
-    subscriber: S,
-    /// The ids of the commands that are answered then.
-    replies: Vec<Option<Box<str>>>,
-    seat: Arc<Seat>,
 }
 
 /// What joining came to.
@@ -154,13 +143,13 @@ impl<S: Subscriber> Channel<S> {
     /// Subscribers that are joined, and those that wait for the channel to become live.
     pub fn counts(&self) -> (usize, usize) {
         let state = self.state.lock();
-        (state.members.len(), state.pending.len())
+        (state.members.len(), state.waiting().count())
     }
 
     /// The joined and the waiting subscribers.
     pub fn subscribers(&self) -> Vec<S> {
         let state = self.state.lock();
-        state.members.iter().chain(state.pending.iter().map(|pending| &pending.subscriber)).cloned().collect()
+        state.members.iter().chain(state.waiting()).cloned().collect()
     }
 
     /// How long publications may wait for others.
@@ -227,18 +216,14 @@ impl<S: Subscriber> Channel<S> {
         let cursor = state.cursor;
         let pending = match ticket.place() {
             Place::Waiting(position) => state.pending.get_mut(position),
-            Place::Joined(_) => None,
+            Place::Joined(_) | Place::Nowhere => None,
         };
         let Some(pending) = pending else {
             let start = cursor.map(Start::at);
             fanout.push(subscriber, &event::subscribed(wish.id, &self.name, start.as_ref()));
             return true;
         };
-        let has_room = pending.replies.len() < PENDING_REPLIES_MAX;
-        if has_room {
-            pending.replies.push(wish.id.map(Into::into));
-        }
-        has_room
+        pending.repeat(wish)
     }
 
     /// Removes a subscriber, then pushes `reply` to it. Returns true when nobody is left.
@@ -260,6 +245,7 @@ impl<S: Subscriber> Channel<S> {
                     following.leave(&position);
                 }
             }
+            Place::Nowhere => {}
         }
         state.late.retain(|subscriber| !subscriber.has_room());
         if let Some((subscriber, reply)) = reply {
@@ -412,17 +398,6 @@ impl<S: Subscriber> State<S> {
         }
     }
 
-    /// Lets a subscriber wait.
-    pub(crate) fn wait(&mut self, subscriber: &S, wish: Option<Wish<'_>>) -> (Ticket, Position) {
-        self.idle_since_us = None;
-        let seat = Arc::new(Seat::default());
-        let replies = wish.map(|wish| wish.id.map(Into::into)).into_iter().collect();
-        let pending = Pending { subscriber: subscriber.clone(), replies, seat: Arc::clone(&seat) };
-        let position = self.pending.insert(pending);
-        seat.wait_at(position);
-        (Ticket::Pending(seat), position)
-    }
-
     /// From here on the subscriber is told what all are told.
     pub(crate) fn enter(&mut self, channel: &Channel<S>, subscriber: S) -> Position {
         if channel.has_presence() {
@@ -443,23 +418,6 @@ impl<S: Subscriber> State<S> {
     pub(crate) fn begin(&mut self, start: &Start, fanout: &mut Fanout<S>) {
         self.cursor = Some(start.position);
         fanout.recoveries[usize::from(start.recovered)] += usize::from(start.is_resumed);
-    }
-
-    /// Lets in one that waited: its replies, what it missed, then the rest.
-    pub(crate) fn admit(
-        &mut self,
-        channel: &Channel<S>,
-        pending: Pending<S>,
-        start: Option<&Start>,
-        missed: &[Arc<Frame>],
-        fanout: &mut Fanout<S>,
-    ) {
-        for id in &pending.replies {
-            fanout.push(&pending.subscriber, &event::subscribed(id.as_deref(), &channel.name, start));
-        }
-        self.replay(&pending.subscriber, missed, fanout);
-        let position = self.enter(channel, pending.subscriber);
-        pending.seat.join_at(position);
     }
 
     /// The walk: pushes a publication to every member, in one go.

@@ -1,12 +1,18 @@
-//! Joining a channel with history: where the client stands, what it missed, then what all are told.
+//! Joining a channel with history, or coming back to it from behind: what the client missed, then what all are told.
 
 use std::sync::Arc;
 
+use crate::behind::Backfill;
 use crate::channel::{Channel, Join, Past, Wish};
 use crate::continuity::Admission;
+use crate::cursor::Cursor;
 use crate::event;
 use crate::fanout::{Fanout, Subscriber};
+use crate::frame::Frame;
+use crate::history_store::Moment;
+use crate::history_view::{Gap, GapReason, Start, Told};
 use crate::members::Position;
+use crate::pending::Wants;
 use crate::replay::Replays;
 use crate::ticket::Ticket;
 use crate::upstream::Upstream;
@@ -47,6 +53,51 @@ impl<S: Subscriber> Channel<S> {
                 Join::Done(ticket, state.upstream == Upstream::Absent)
             }),
         }
+    }
+
+    /// A member that fell behind and stands `at` wants what it missed: at once from memory here, after a read from Redis.
+    /// The ticket of one that waits.
+    pub(crate) fn catch_up(self: &Arc<Self>, subscriber: &S, at: Cursor, fanout: &mut Fanout<S>) -> Option<Ticket> {
+        match self.nature.past.as_ref()? {
+            Past::Memory(past) => {
+                let mut past = past.hold();
+                let mut state = self.state.lock();
+                let window = past.read(None, Moment::now());
+                let start = window.catch_up(at, Some(&[]), window.top);
+                state.deliver(self, fanout);
+                let frames = Replays::new(self.name()).frames(&start.missed);
+                self.backfill(subscriber, at, &start, &frames, fanout);
+                None
+            }
+            Past::Redis(following) => following.with(Some(self), fanout, |follow, out, _| {
+                let (ticket, position) = self.state.lock().wait_for(subscriber, Wants::Missed(at));
+                follow.come_back(position, at, out);
+                Some(ticket)
+            }),
+        }
+    }
+
+    /// Tells a member that fell behind, and stands `at`, what it missed. Called under the order lock.
+    pub(crate) fn backfill(
+        &self,
+        subscriber: &S,
+        at: Cursor,
+        start: &Start,
+        frames: &[Arc<Frame>],
+        fanout: &mut Fanout<S>,
+    ) {
+        let next = start.missed.first().and_then(Told::cursor);
+        let is_gap_there = matches!(start.missed.first(), Some(Told::Gap(_)));
+        let gap = Gap { after: Some(at), next, reason: GapReason::Slow };
+        let backfill = Backfill {
+            channel: self.name(),
+            at,
+            gap: (!is_gap_there).then(|| event::gap(self.name(), &gap)),
+            frames,
+            events: start.missed.iter().filter_map(Told::cursor).count(),
+            then: (!start.recovered).then_some(start.cursor),
+        };
+        fanout.backfill(subscriber, &backfill);
     }
 
     /// Lets in one that waited for a read.

@@ -11,8 +11,10 @@ use atomic_waker::AtomicWaker;
 use dashmap::DashMap;
 use parking_lot::Mutex;
 
+use crate::behind::Backfill;
 use crate::clock;
 use crate::close::CloseReason;
+use crate::cursor::Cursor;
 use crate::eviction::Evicted;
 use crate::fanout::{Fanout, Subscriber};
 use crate::frame::{Frame, Opcode};
@@ -82,6 +84,8 @@ pub struct Connection {
     /// Channels that it is to leave because the backend wants it.
     asked: Mutex<Vec<Box<str>>>,
     is_asked: AtomicBool,
+    /// It may be behind on a channel with history.
+    is_behind: AtomicBool,
     /// Subscriptions, for the API.
     pub subscriptions: AtomicUsize,
     last_seen_us: AtomicU64,
@@ -105,7 +109,7 @@ pub enum Wake {
     Writable,
     /// There is something to read.
     Readable,
-    /// The backend wants it to leave channels.
+    /// The backend wants it to leave channels, or it may be told what it missed.
     Asked,
 }
 
@@ -133,6 +137,7 @@ impl Connection {
             opened_us: now_us,
             asked: Mutex::default(),
             is_asked: AtomicBool::new(false),
+            is_behind: AtomicBool::new(false),
             subscriptions: AtomicUsize::new(0),
             last_seen_us: AtomicU64::new(now_us),
             ping_due_us: AtomicU64::new(ping_due_us),
@@ -234,6 +239,27 @@ impl Connection {
         std::mem::take(&mut *self.asked.lock())
     }
 
+    /// For the connection's own task: where it is behind and may be told now what it missed, see [`Outbox::ask_missed`].
+    pub fn ask_missed(&self) -> Vec<(Arc<str>, Cursor)> {
+        if !self.is_behind.load(Ordering::Acquire) || !self.is_behind.swap(false, Ordering::AcqRel) {
+            return Vec::new();
+        }
+        let missed = self.outbox.ask_missed(&self.shared.outbox);
+        // Whoever has it fall behind meanwhile says so afterwards.
+        if self.outbox.is_behind() {
+            self.is_behind.store(true, Ordering::Release);
+        }
+        missed
+    }
+
+    /// Has the own task look whether it can be told what it missed.
+    fn remind(&self) {
+        if self.is_behind.load(Ordering::Relaxed) {
+            self.is_asked.store(true, Ordering::Release);
+            self.waker.wake();
+        }
+    }
+
     /// Ends the outbox without another byte.
     pub fn cut(&self) {
         self.shared.metrics.dropped(DropReason::ConnectionLost, self.outbox.fail());
@@ -249,7 +275,7 @@ impl Connection {
     /// Writes what is pending. Only for the owner of the write right: a lane, or the own task on [`Wake::Writable`].
     pub fn flush(&self, writer: &mut Writer, now_us: u64) {
         match self.outbox.flush(self, writer, &self.shared.outbox, now_us) {
-            Flushed::Idle => {}
+            Flushed::Idle => self.remind(),
             Flushed::Blocked | Flushed::Finished => self.waker.wake(),
             Flushed::Failed => {
                 self.close(CloseReason::Lost);
@@ -332,6 +358,7 @@ impl Connection {
         if self.outbox.sweep(now_us, liveness.write_timeout_us) {
             return self.close(CloseReason::SlowConsumer);
         }
+        self.remind();
         let ping_sent_us = self.ping_sent_us.load(Ordering::Relaxed);
         if ping_sent_us > 0 && self.last_seen_us.load(Ordering::Relaxed) >= ping_sent_us {
             self.ping_sent_us.store(0, Ordering::Relaxed);
@@ -370,8 +397,12 @@ impl Subscriber for Arc<Connection> {
         let metrics = &self.shared.metrics;
         match push {
             Push::Slow => metrics.dropped(DropReason::SlowConsumer, frame.messages()),
-            Push::Dropped => metrics.dropped(DropReason::DropOldest, frame.messages()),
+            Push::Dropped => {
+                metrics.dropped(DropReason::DropOldest, frame.messages());
+                self.is_behind.store(true, Ordering::Release);
+            }
             Push::Evicted(Evicted { oldest, conflated }) => {
+                self.is_behind.store(true, Ordering::Release);
                 metrics.dropped(DropReason::DropOldest, oldest);
                 metrics.dropped(DropReason::Conflated, conflated);
             }
@@ -382,6 +413,14 @@ impl Subscriber for Arc<Connection> {
 
     fn replay(&self, frames: &[Arc<Frame>]) -> Push {
         self.outbox.replay(frames)
+    }
+
+    fn backfill(&self, backfill: &Backfill<'_>) -> Push {
+        let push = self.outbox.backfill(backfill);
+        if !matches!(push, Push::Dropped | Push::Closed) {
+            self.shared.metrics.backfilled.inc_by(backfill.events as u64);
+        }
+        push
     }
 
     fn has_room(&self) -> bool {

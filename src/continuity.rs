@@ -93,6 +93,8 @@ pub struct Follow<J> {
 struct Joiner<J> {
     who: J,
     after: Option<Cursor>,
+    /// A member that fell behind there.
+    is_behind: bool,
 }
 
 /// The request that is under way.
@@ -176,7 +178,15 @@ impl<J: PartialEq> Follow<J> {
     /// Somebody subscribes, perhaps after a cursor. It is let in once a read says so that is sent after this, and after
     /// the SUBSCRIBE was confirmed.
     pub fn join(&mut self, who: J, after: Option<Cursor>, out: &mut Vec<Output<J>>) {
-        self.joiners.push(Joiner { who, after });
+        self.joiners.push(Joiner { who, after, is_behind: false });
+        if self.is_confirmed {
+            self.check(out);
+        }
+    }
+
+    /// A member fell behind at a cursor and wants what it missed, which it is told as one that joins is let in.
+    pub fn come_back(&mut self, who: J, at: Cursor, out: &mut Vec<Output<J>>) {
+        self.joiners.push(Joiner { who, after: Some(at), is_behind: true });
         if self.is_confirmed {
             self.check(out);
         }
@@ -403,9 +413,12 @@ impl<J: PartialEq> Follow<J> {
         let since = self.since(window.top, position, recent.as_deref());
         // Many come back at once, to few places.
         let mut starts = HashMap::new();
-        let start = |after| window.start(after, since, position, self.is_cached);
-        for Joiner { who: joiner, after } in std::mem::take(&mut self.serving) {
-            let start = starts.entry(after).or_insert_with(|| start(after)).clone();
+        let start = |after: Option<Cursor>, is_behind| match after.filter(|_| is_behind) {
+            Some(at) => window.catch_up(at, since, position),
+            None => window.start(after, since, position, self.is_cached),
+        };
+        for Joiner { who: joiner, after, is_behind } in std::mem::take(&mut self.serving) {
+            let start = starts.entry((after, is_behind)).or_insert_with(|| start(after, is_behind)).clone();
             out.push(Output::Admit(Admission { joiner, start }));
             self.told_last = Some(position);
         }

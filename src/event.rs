@@ -101,7 +101,7 @@ pub fn gap_json(channel: &str, gap: &Gap) -> String {
 
 /// `{"type":"event",…}` of the past: it does not count against the outbox.
 pub fn replayed(channel: &str, message: &Message<'_>) -> Arc<Frame> {
-    Frame::replay(&publication::event_json(channel, message))
+    Frame::replayed(channel, &publication::event_json(channel, message))
 }
 
 /// `{"type":"history",…}`; `members` are those of the object, as JSON.

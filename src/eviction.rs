@@ -5,7 +5,8 @@
 //! a `gap`, before the next event of its channel; one stands for all losses with no event between them. Of a
 //! channel of which the latest counts it stands for all that is missing behind it, too: whoever is behind has many
 //! small holes there, and reloads once. Gaps do not count against the bounds, so that every eviction makes room;
-//! there are never more than events and borders in the queue, and channels.
+//! there are never more than events and borders in the queue, and channels. Where the oldest go and there is a history,
+//! the client falls behind instead (`behind.rs`).
 
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hasher};
@@ -82,11 +83,14 @@ impl Backlog {
             return None;
         }
         let mut evicted = Evicted { oldest: 0, conflated: self.conflate(frame) };
-        while !limits.admit(self.counted(), frame) {
+        while !limits.admit(self.counted(), frame) && !self.is_withheld(frame) {
             let Some(oldest) = self.oldest() else { break };
             evicted.oldest += self.evict(oldest);
         }
-        self.push(Arc::clone(frame));
+        match self.is_withheld(frame) {
+            true => evicted.oldest += frame.messages(),
+            false => self.push(Arc::clone(frame)),
+        }
         self.is_conflated = self.latest > 0;
         Some(evicted)
     }
@@ -94,7 +98,10 @@ impl Backlog {
     /// Loses a frame that was not queued, if its channel allows that.
     pub fn lose(&mut self, frame: &Frame) -> bool {
         let Role::Event(event) = frame.role() else { return false };
-        self.tell(self.frames.len(), event);
+        let end = self.frames.len();
+        if self.fall_behind(end, event).is_none() {
+            self.tell(end, event);
+        }
         true
     }
 
@@ -123,9 +130,13 @@ impl Backlog {
         Some(self.latest).filter(|latest| *latest > 0).and_then(|_| of_lane(true)).or_else(|| of_lane(false))
     }
 
-    /// Drops a frame and tells of it; returns how many messages that were.
+    /// Drops a frame and tells of it, or drops its whole channel until there is room; returns how many messages that were.
     fn evict(&mut self, at: usize) -> usize {
-        let Some(frame) = self.remove(at) else { return 0 };
+        let Some(frame) = self.frames.get(at).cloned() else { return 0 };
+        if let Some(dropped) = frame.event().and_then(|event| self.fall_behind(at, event)) {
+            return dropped;
+        }
+        self.remove(at);
         frame.event().into_iter().for_each(|event| self.tell(at, event));
         frame.messages()
     }
@@ -276,7 +287,7 @@ impl Backlog {
     }
 
     /// The last cursor of the channel that the client has before a place: on channels with history.
-    fn position(&self, at: usize, event: &Evictable) -> Option<Cursor> {
+    pub(crate) fn position(&self, at: usize, event: &Evictable) -> Option<Cursor> {
         event.before.or(event.last)?;
         let border = Border::of(&event.channel);
         for before in (0..at).rev() {
@@ -302,6 +313,11 @@ impl Loss {
 impl Evictable {
     fn is_latest(&self) -> bool {
         matches!(self.lane, EvictionLane::Latest(_))
+    }
+
+    /// The history keeps it, so it may be told later.
+    pub(crate) fn is_kept(&self) -> bool {
+        !self.is_latest() && self.before.is_some()
     }
 
     /// Newer ones of the same key take its place.

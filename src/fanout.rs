@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::behind::Backfill;
 use crate::channel::Channel;
 use crate::frame::Frame;
 use crate::outbox::Push;
@@ -17,6 +18,11 @@ pub trait Subscriber: Clone {
 
     /// Queues frames of the past, which do not count against its bounds.
     fn replay(&self, frames: &[Arc<Frame>]) -> Push;
+
+    /// Queues what it missed while it was behind; [`Push::Dropped`] if it stands elsewhere by now, or never was.
+    fn backfill(&self, _backfill: &Backfill<'_>) -> Push {
+        Push::Dropped
+    }
 
     /// Whether publishers that found its outbox late may go on.
     fn has_room(&self) -> bool;
@@ -105,6 +111,12 @@ impl<S: Subscriber> Fanout<S> {
     pub fn replay(&mut self, subscriber: &S, frames: &[Arc<Frame>]) -> bool {
         self.pushed += frames.len();
         self.note(subscriber, subscriber.replay(frames))
+    }
+
+    /// Pushes what a subscriber missed while it was behind, likewise.
+    pub(crate) fn backfill(&mut self, subscriber: &S, backfill: &Backfill<'_>) {
+        self.pushed += backfill.frames.len();
+        self.note(subscriber, subscriber.backfill(backfill));
     }
 
     fn note(&mut self, subscriber: &S, push: Push) -> bool {

@@ -49,7 +49,7 @@ pub struct Frame {
 pub enum Role {
     /// It stays, and says nothing about what may go.
     Plain,
-    /// It stays, and a subscription begins or ends with it.
+    /// It stays, and a subscription begins or ends with it, or it is an event of the past.
     Border(Border),
     /// Publications that may go.
     Event(Box<Evictable>),
@@ -90,6 +90,13 @@ impl Frame {
         let mut bytes = Vec::new();
         encode(&mut bytes, Opcode::Text, &[payload.as_bytes()]);
         Arc::new(Self { is_replay: true, ..Self::of(bytes, 1) })
+    }
+
+    /// The same of an event: behind it the client stands where its channel stood before the next one.
+    pub fn replayed(channel: &str, payload: &str) -> Arc<Self> {
+        let mut bytes = Vec::new();
+        encode(&mut bytes, Opcode::Text, &[payload.as_bytes()]);
+        Arc::new(Self { is_replay: true, role: Role::Border(Border::of(channel)), ..Self::of(bytes, 1) })
     }
 
     /// As [`Frame::bundle`], of a channel whose slow consumers lose publications.

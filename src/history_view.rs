@@ -136,6 +136,39 @@ impl Window {
         }
     }
 
+    /// What is told next to one that fell behind at `after`: what follows, as much as a recovery may have. If that is not
+    /// all there is (not `recovered`), `cursor` is where it stands then. A gap goes first where it cannot be brought
+    /// back to where it was.
+    pub fn catch_up(&self, after: Cursor, more: Option<&[Entry]>, position: Cursor) -> Start {
+        let gap = |reason, next| Told::Gap(Gap { after: Some(after), next, reason });
+        let is_old = self.judge(after) == Standing::Old;
+        let missed: Option<(bool, Vec<_>)> = more.and_then(|more| match self.after(after) {
+            Some(entries) => Some((false, entries.iter().chain(more).collect())),
+            None => match more.iter().position(|entry| entry.id == after) {
+                Some(at) => Some((false, more[at + 1..].iter().collect())),
+                None => is_old.then(|| (true, self.entries.iter().chain(more).collect())),
+            },
+        });
+        let Some((is_trimmed, missed)) = missed else {
+            return Start { recovered: true, missed: [gap(GapReason::Upstream, None)].into(), ..Start::at(position) };
+        };
+        let (mut events, mut bytes) = (0, 0);
+        let mut fits = |entry: &&&Entry| {
+            events += usize::from(entry.marker().is_none());
+            bytes += entry.len();
+            events <= RECOVERY_EVENTS_MAX && (bytes <= REPLY_BYTES_MAX || events <= 1)
+        };
+        let count = missed.iter().take_while(&mut fits).count();
+        let before = if is_trimmed { missed.first().map(|entry| entry.previous) } else { Some(after) };
+        let mut told = with_gaps(before, before, &missed[..count], |_| false);
+        if is_trimmed && !matches!(told.first(), Some(Told::Gap(_))) {
+            told.insert(0, gap(GapReason::Trimmed, told.first().and_then(Told::cursor)));
+        }
+        let recovered = count == missed.len();
+        let cursor = if recovered { position } else { missed[count - 1].id };
+        Start { cursor, recovered, missed: told.into(), ..Start::at(position) }
+    }
+
     /// The last event, and the gaps after it; with the cursor just before.
     fn last(&self, more: &[Entry]) -> Option<(Cursor, Vec<Told>)> {
         let entries: Vec<_> = self.entries.iter().chain(more).collect();

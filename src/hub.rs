@@ -13,6 +13,7 @@ use tokio::sync::Notify;
 
 use crate::bundle::Gathering;
 use crate::channel::{Channel, Join, Nature, Past, Wish};
+use crate::cursor::Cursor;
 use crate::fanout::{Fanout, Subscriber};
 use crate::following::Followings;
 use crate::frame::Frame;
@@ -310,12 +311,14 @@ pub struct Subscriptions<S: Subscriber> {
     hub: Arc<Hub<S>>,
     subscriber: S,
     joined: Vec<(Arc<Channel<S>>, Ticket)>,
+    /// Channels of these on which it is behind and waits for what it missed.
+    behind: Vec<(Arc<Channel<S>>, Ticket)>,
 }
 
 impl<S: Subscriber> Subscriptions<S> {
     /// No subscriptions yet.
     pub fn new(hub: Arc<Hub<S>>, subscriber: S) -> Self {
-        Self { hub, subscriber, joined: Vec::new() }
+        Self { hub, subscriber, joined: Vec::new(), behind: Vec::new() }
     }
 
     /// How many there are, pending ones included.
@@ -360,9 +363,26 @@ impl<S: Subscriber> Subscriptions<S> {
             fanout.push(&self.subscriber, reply);
             return false;
         };
+        self.wait_no_more(name, fanout);
         let (channel, ticket) = self.joined.swap_remove(at);
         self.hub.leave(&channel, &ticket, Some((&self.subscriber, reply)), fanout);
         true
+    }
+
+    /// Has the subscriber, which is behind on a channel and stands `at`, told what it missed.
+    pub fn catch_up(&mut self, name: &str, at: Cursor, fanout: &mut Fanout<S>) {
+        self.wait_no_more(name, fanout);
+        if let Some(index) = self.position(name) {
+            let (channel, _) = &self.joined[index];
+            let ticket = channel.catch_up(&self.subscriber, at, fanout);
+            self.behind.extend(ticket.map(|ticket| (Arc::clone(channel), ticket)));
+        }
+    }
+
+    fn wait_no_more(&mut self, name: &str, fanout: &mut Fanout<S>) {
+        for (channel, ticket) in self.behind.extract_if(.., |(channel, _)| channel.name() == name) {
+            channel.leave(&ticket, None, fanout);
+        }
     }
 
     fn position(&self, name: &str) -> Option<usize> {
@@ -374,6 +394,9 @@ impl<S: Subscriber> Drop for Subscriptions<S> {
     fn drop(&mut self) {
         // Leaving without a reply pushes nothing, so nothing can be scheduled.
         let mut fanout = Fanout::default();
+        for (channel, ticket) in self.behind.drain(..) {
+            channel.leave(&ticket, None, &mut fanout);
+        }
         for (channel, ticket) in self.joined.drain(..) {
             self.hub.leave(&channel, &ticket, None, &mut fanout);
         }

@@ -8,7 +8,8 @@
 //! 5. `lanes` write each scheduled outbox at once (`writer`) to its `socket`.
 //!
 //! Where a socket refuses and its queue (`backlog`) is full, `eviction` decides what goes if the channels' rules
-//! (`slow_policy`) let something go, and `telling` knows how far the client was told.
+//! (`slow_policy`) let something go, and `telling` knows how far the client was told. With a history it is `behind` then,
+//! and `channel_past` brings it up again.
 //!
 //! # One command, from a socket to its reply
 //! `listen` (accept, `admission`, `proxy_protocol`, `tls`, `handshake`, `origin`, `proxies`) → `session` (read, `websocket` frames) → `protocol` (typed command) →
@@ -91,9 +92,11 @@ pub mod channel_past;
 pub mod fanout;
 pub mod hub;
 pub mod members;
+pub mod pending;
 pub mod ticket;
 
 pub mod backlog;
+pub mod behind;
 pub mod close;
 pub mod connection;
 pub mod eviction;

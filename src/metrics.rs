@@ -183,6 +183,8 @@ pub struct Metrics {
     /// Channels whose subscribers were told a gap.
     pub gaps: Count,
     recoveries: Labelled<2>,
+    /// Events that slow consumers missed and were told later, from the history.
+    pub backfilled: Count,
     /// Reads of streams and positions that continuity asked of Redis.
     pub history_reads: Count,
     /// Break markers written: losses inside Redis that this instance noticed first.
@@ -253,6 +255,7 @@ impl Default for Metrics {
             resubscribes: register(r, "redis_resubscribes", "Channels subscribed again after a reconnect"),
             gaps: register(r, "gaps", "Channels whose subscribers were told a gap"),
             recoveries: recoveries(r),
+            backfilled: register(r, "backfilled", "Events that slow consumers missed, and were told from the history"),
             history_reads: register(r, "history_reads", "Reads of a channel's stream or position for its continuity"),
             history_breaks: register(r, "history_breaks", "Losses inside Redis that this instance marked in a stream"),
             presence_events: register(r, "presence_events", "Joins and leaves that channels were told"),

@@ -18,6 +18,8 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use crate::backlog::Load;
+use crate::behind::Backfill;
+use crate::cursor::Cursor;
 use crate::eviction::Evicted;
 use crate::frame::Frame;
 use crate::outbox_state::State;
@@ -126,6 +128,22 @@ impl<L: Lock<State>> Outbox<L> {
         self.state.with(|state| state.replay(frames))
     }
 
+    /// Where the client is behind on channels with history and may be told what it missed now, each once until
+    /// [`Outbox::backfill`] brings that.
+    pub fn ask_missed(&self, limits: &Limits) -> Vec<(Arc<str>, Cursor)> {
+        self.state.with(|state| state.ask_missed(limits))
+    }
+
+    /// Whether the client is behind anywhere.
+    pub fn is_behind(&self) -> bool {
+        self.state.with(|state| state.queue.is_behind())
+    }
+
+    /// Queues what the client missed, as [`Outbox::replay`] does; [`Push::Dropped`] if it stands elsewhere by now.
+    pub fn backfill(&self, backfill: &Backfill<'_>) -> Push {
+        self.state.with(|state| state.backfill(backfill))
+    }
+
     /// Requests a ping frame at the next frame border. True: the caller has the write right now.
     pub fn ping(&self, frame: Arc<Frame>) -> bool {
         self.state.with(|state| state.control(|slots| slots.ping = Some(frame)))
@@ -151,6 +169,7 @@ impl<L: Lock<State>> Outbox<L> {
     /// Writes everything pending. Only the owner of the write right may call this.
     pub fn flush(&self, transport: &impl Transport, writer: &mut Writer, limits: &Limits, now_us: u64) -> Flushed {
         writer.batch.clear();
+        writer.batch.progress = false;
         loop {
             // What the transport still holds is not sent: as long as the socket refuses it nobody is idle.
             match transport.flush(&mut writer.batch.progress) {

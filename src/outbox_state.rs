@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use crate::backlog::Backlog;
+use crate::behind::Backfill;
+use crate::cursor::Cursor;
 use crate::frame::Frame;
 use crate::outbox::{Flushed, Limits, Phase, Push};
 use crate::writer::{Batch, WRITE_FRAMES_MAX};
@@ -79,6 +81,15 @@ impl State {
         if self.is_closing() {
             return Push::Closed;
         }
+        if self.queue.is_withheld(frame) {
+            return Push::Dropped;
+        }
+        let push = self.push_told(frame, limits);
+        self.queue.begin_anew(frame);
+        push
+    }
+
+    fn push_told(&mut self, frame: &Arc<Frame>, limits: &Limits) -> Push {
         let is_full = !limits.admit(self.queue.counted(), frame);
         if is_full && self.phase == Phase::Blocked {
             if let Some(evicted) = self.queue.push_evicting(frame, limits) {
@@ -109,6 +120,27 @@ impl State {
         }
         frames.iter().for_each(|frame| self.queue.push(Arc::clone(frame)));
         if self.claim() { Push::Schedule } else { Push::Queued }
+    }
+
+    /// What the client missed can be asked for: while there is room, and nothing of the past waits.
+    pub(crate) fn ask_missed(&mut self, limits: &Limits) -> Vec<(Arc<str>, Cursor)> {
+        let counted = self.queue.counted();
+        let has_room = counted.messages <= limits.messages / 2 && counted.bytes <= limits.bytes / 2;
+        match has_room && self.queue.replay_bytes() == 0 && !self.is_closing() {
+            true => self.queue.ask_missed(),
+            false => Vec::new(),
+        }
+    }
+
+    pub(crate) fn backfill(&mut self, backfill: &Backfill<'_>) -> Push {
+        if self.is_closing() {
+            return Push::Closed;
+        }
+        if !self.queue.backfill(backfill) {
+            return Push::Dropped;
+        }
+        // It may have been nothing at all.
+        if !self.queue.is_empty() && self.claim() { Push::Schedule } else { Push::Queued }
     }
 
     pub(crate) fn is_closing(&self) -> bool {
@@ -211,6 +243,7 @@ impl State {
         }
         if progress {
             self.progress_us = now_us;
+            self.queue.made_progress();
         }
         if self.is_at_most_half(limits) {
             self.release(now_us);

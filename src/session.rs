@@ -121,11 +121,17 @@ impl Session {
             }
             match std::future::poll_fn(|context| self.connection.poll_wake(context, true)).await {
                 Wake::Closing => break,
-                Wake::Writable => self.flush(),
+                Wake::Writable => {
+                    self.flush();
+                    self.catch_up();
+                }
                 // A full buffer: whoever this batch scheduled is flushed before the next one is read.
                 Wake::Readable if self.read() == READ_BYTES => tokio::task::yield_now().await,
                 Wake::Readable => {}
-                Wake::Asked => self.leave_asked(),
+                Wake::Asked => {
+                    self.leave_asked();
+                    self.catch_up();
+                }
             }
         }
         // From here on nothing is delivered to this connection.
@@ -219,6 +225,18 @@ impl Session {
             shared.metrics.flushed(&mut scratch.writer);
         });
         shared.lanes.made_progress();
+    }
+
+    /// Asks for what the client missed where it is behind, if there is room for it.
+    fn catch_up(&mut self) {
+        let missed = self.connection.ask_missed();
+        if !missed.is_empty() {
+            let mut fanout = Fanout::default();
+            for (channel, at) in missed {
+                self.subscriptions.catch_up(&channel, at, &mut fanout);
+            }
+            self.submit(&mut fanout);
+        }
     }
 
     /// Reads what has arrived and carries it out; returns how many bytes that were.

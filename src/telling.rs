@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use crate::backlog::Load;
+use crate::behind::Behind;
 use crate::cursor::Cursor;
 use crate::eviction::Border;
 use crate::frame::{Frame, Role};
@@ -20,6 +21,10 @@ pub struct Telling {
     told: Vec<Told>,
     /// The same before what a writer has in hand.
     before_write: Vec<Told>,
+    /// The channels on which it is behind, and told nothing.
+    pub(crate) behind: Vec<Behind>,
+    /// It has taken nothing since it fell behind.
+    pub(crate) is_stalled: bool,
 }
 
 /// One channel with history on which a gap is sent, or begun.
@@ -57,7 +62,7 @@ impl Telling {
 
     /// Whether nothing is left to know once everything is sent.
     pub(crate) fn is_over(&self) -> bool {
-        self.told.is_empty()
+        self.told.is_empty() && self.behind.is_empty()
     }
 
     fn pass(&mut self, frames: &[Arc<Frame>]) {

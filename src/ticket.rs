@@ -14,18 +14,22 @@ pub enum Ticket {
     Pending(Arc<Seat>),
 }
 
-/// The position of one who waited, written under the channel's lock: among those who wait (its top bit is set) or
-/// among the members.
+/// The position of one who waited, written under the channel's lock: among those who wait (its top bit is set),
+/// among the members, or [`NOWHERE`].
 #[derive(Debug, Default)]
 pub struct Seat(AtomicU64);
 
 /// Marks a seat whose position is among those who wait.
 const WAITING: u64 = 1 << 63;
 
+/// It waited and does so no more, and is no member by that.
+const NOWHERE: u64 = u64::MAX;
+
 /// Where a subscriber is.
 pub(crate) enum Place {
     Joined(Position),
     Waiting(Position),
+    Nowhere,
 }
 
 impl Seat {
@@ -36,6 +40,10 @@ impl Seat {
     pub(crate) fn join_at(&self, position: Position) {
         self.0.store(position.to_u64(), Ordering::Relaxed);
     }
+
+    pub(crate) fn leave(&self) {
+        self.0.store(NOWHERE, Ordering::Relaxed);
+    }
 }
 
 impl Ticket {
@@ -44,6 +52,7 @@ impl Ticket {
         match self {
             Self::Joined(position) => Place::Joined(*position),
             Self::Pending(seat) => match seat.0.load(Ordering::Relaxed) {
+                NOWHERE => Place::Nowhere,
                 seat if seat & WAITING == 0 => Place::Joined(Position::from_u64(seat)),
                 seat => Place::Waiting(Position::from_u64(seat & !WAITING)),
             },

@@ -64,7 +64,7 @@ pub(crate) struct Batch {
     done: usize,
     /// Bytes of the frame after those that are sent.
     pub(crate) head_sent: usize,
-    /// The socket took some bytes of this batch.
+    /// The socket took some bytes since the flush began.
     pub(crate) progress: bool,
     /// It was taken after the close frame was queued, so that is its last frame.
     pub(crate) has_close: bool,
@@ -76,7 +76,6 @@ impl Batch {
         self.has_close = false;
         self.done = 0;
         self.head_sent = 0;
-        self.progress = false;
     }
 
     /// How many frames are sent.

@@ -30,6 +30,7 @@ mod continuity_world;
 mod deploy;
 mod drain;
 mod eviction_model;
+mod eviction_world;
 mod failover;
 mod faults;
 mod history;

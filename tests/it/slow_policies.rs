@@ -8,11 +8,12 @@ use serde_json::{Value, json};
 use socket2::SockRef;
 use tokio::task::JoinHandle;
 
-use crate::harness::{Client, HANDSHAKE, Raw, await_metric, eventually, gateway, metric, publish};
+use crate::harness::{Client, HANDSHAKE, Raw, Redis, await_metric, eventually, gateway, metric, publish, ready};
 
 const RULES: &str = r#"[
     {"match":"news","slow":"drop_oldest"},
     {"match":"log","client_publish":true,"slow":"drop_oldest","history":{"size":10000,"ttl":"10m"}},
+    {"match":"short","slow":"drop_oldest","history":{"size":400,"ttl":"10m"}},
     {"match":"prices","slow":"latest","latest_by":"/symbol"},
     {"match":"rates","slow":"latest","latest_by":"/symbol","history":{"size":10000,"ttl":"10m"}}
 ]"#;
@@ -100,15 +101,36 @@ fn check_gaps(frames: &[Value], healthy: &[Value]) -> u64 {
     missing
 }
 
-/// Twice it falls behind and reads on: it stays, each gap is in its place, and no publish waits for it.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_reads_in_bursts_is_told_of_every_gap() {
+/// With a history it misses nothing but time: each event comes once, in order, with a gap wherever it fell behind, which
+/// names what was before and what comes next. Returns the gaps.
+fn check_backfill(frames: &[Value], healthy: &[Value]) -> usize {
+    let mut next = 0;
+    let mut gaps = 0;
+    for (at, frame) in frames.iter().enumerate().skip(1) {
+        if frame["type"] == "gap" {
+            let next = &frames[at + 1]["cursor"];
+            assert_eq!(
+                *frame,
+                json!({"type": "gap", "channel": "log", "after": frames[at - 1]["cursor"], "next": next, "reason": "slow"})
+            );
+            gaps += 1;
+        } else {
+            assert_eq!(*frame, healthy[next], "{next} after {gaps} gaps");
+            next += 1;
+        }
+    }
+    assert_eq!(next, healthy.len());
+    gaps
+}
+
+/// Twice it falls behind and reads on: it stays and gets everything, and no publish waits for it.
+async fn reads_in_bursts(gateway: &Gateway) {
     const MESSAGES: u64 = 3_000;
-    let gateway = small(&[]);
-    let mut slow = stalled(&gateway, "/ws?channels=log", "").await;
-    let mut publisher = Client::connect(&gateway).await;
+    let mut slow = stalled(gateway, "/ws?channels=log", "").await;
+    let mut publisher = Client::connect(gateway).await;
     publisher.send(&json!({"type": "subscribe", "channel": "log"})).await;
     publisher.json().await;
+    await_metric(gateway, "hubcast_subscriptions", 2.0).await;
     let (mut frames, mut all) = (Vec::new(), Vec::new());
     for n in 0..MESSAGES {
         let data = json!({"n": n, "filler": filler()});
@@ -122,8 +144,40 @@ async fn a_client_that_reads_in_bursts_is_told_of_every_gap() {
         }
     }
     frames.extend(read_up_to(&mut slow, MESSAGES - 1).await);
-    assert_eq!(frames.iter().filter(|frame| frame["type"] == "gap").count(), 2);
-    assert_eq!(dropped(&gateway).await, [check_gaps(&frames, &all), 0, 0]);
+    assert_eq!(check_backfill(&frames, &all), 2);
+    let [lost, conflated, closed] = dropped(gateway).await;
+    assert!(lost > 1_000, "{lost}");
+    assert_eq!([conflated, closed], [0, 0]);
+    assert_eq!(metric(gateway, "hubcast_backfilled_total").await as u64, lost);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_reads_in_bursts_gets_everything_where_history_is_on() {
+    reads_in_bursts(&small(&[])).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_reads_in_bursts_gets_everything_from_redis() {
+    let redis = Redis::start().await;
+    let gateway = small(&[("HUBCAST_REDIS_URL", &redis.url())]);
+    ready(&gateway).await;
+    reads_in_bursts(&gateway).await;
+}
+
+/// What the history has not any more is told as lost; the rest comes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_is_behind_a_short_history_is_told_what_is_trimmed() {
+    const MESSAGES: u64 = 2_000;
+    let (frames, all, [dropped, ..]) = while_stalled("short", MESSAGES, |n| json!({"n": n, "filler": filler()})).await;
+    let at = frames.iter().position(|frame| frame["type"] == "gap").unwrap();
+    assert_eq!(frames.iter().filter(|frame| frame["type"] == "gap").count(), 1);
+    let (before, after) = (&frames[at - 1], &frames[at + 1]);
+    assert_eq!((&frames[at]["after"], &frames[at]["next"]), (&before["cursor"], &after["cursor"]));
+    assert_eq!(frames[at]["reason"], "trimmed");
+    assert_eq!(after["data"]["n"], MESSAGES - 400, "all that is left");
+    let (head, tail) = (&frames[1..at], &frames[at + 1..]);
+    assert!(head.iter().eq(&all[..at - 1]) && tail.iter().eq(&all[all.len() - 400..]));
+    assert_eq!(dropped, MESSAGES - head.len() as u64);
 }
 
 /// Publishes numbers to a client that does not read; what it gets afterwards, what a healthy one got, and the drops.
@@ -142,7 +196,10 @@ async fn while_stalled(
     let all = healthy.await.unwrap();
     let dropped = dropped(&gateway).await;
     let frames = read_up_to(&mut slow, messages - 1).await;
-    assert_eq!(metric(&gateway, "hubcast_deliveries_total").await as u64, 2 * messages);
+    if channel != "short" {
+        // What is withheld from one that is behind was never in its outbox.
+        assert_eq!(metric(&gateway, "hubcast_deliveries_total").await as u64, 2 * messages);
+    }
     // It is as good as any other again.
     publish(&gateway, channel, json!({"n": messages}).to_string().as_bytes()).await;
     assert_eq!(read_up_to(&mut slow, messages).await.len(), 1);
@@ -152,14 +209,12 @@ async fn while_stalled(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_stalls_under_drop_oldest_is_told_exactly_what_it_missed() {
-    for channel in ["news", "log"] {
-        let (frames, all, dropped) = while_stalled(channel, 2_000, |n| json!({"n": n, "filler": filler()})).await;
-        let missing = check_gaps(&frames, &all);
-        assert!(missing > 100, "{missing}");
-        assert_eq!(dropped, [missing, 0, 0]);
-        let gaps = frames.iter().filter(|frame| frame["type"] == "gap").count();
-        assert_eq!(gaps, 1, "it stalled once");
-    }
+    let (frames, all, dropped) = while_stalled("news", 2_000, |n| json!({"n": n, "filler": filler()})).await;
+    let missing = check_gaps(&frames, &all);
+    assert!(missing > 100, "{missing}");
+    assert_eq!(dropped, [missing, 0, 0]);
+    let gaps = frames.iter().filter(|frame| frame["type"] == "gap").count();
+    assert_eq!(gaps, 1, "it stalled once");
 }
 
 #[tokio::test(flavor = "multi_thread")]
