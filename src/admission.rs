@@ -81,12 +81,15 @@ impl Admission {
         }
     }
 
-    /// Lets a connection in, or not; without an address it is one that a proxy will tell. Who is refused for its
-    /// address costs the others nothing.
+    /// Lets a connection in, or not; without an address it is one that a proxy will tell. Nobody is let in while
+    /// memory `is_tight`. Who is refused for its address costs the others nothing.
     ///
     /// # Errors
     /// Why not, and when to come again.
-    pub fn admit(&self, addr: Option<IpAddr>, now_us: u64) -> Result<(Place, Pending), Denied> {
+    pub fn admit(&self, addr: Option<IpAddr>, is_tight: bool, now_us: u64) -> Result<(Place, Pending), Denied> {
+        if is_tight {
+            return Err(Denied { why: Refused::Memory, wait: random(PLACE_WAIT) });
+        }
         let address = addr.map(|addr| self.admit_address(addr, now_us)).transpose()?;
         let permit = |semaphore: &Arc<Semaphore>, why| {
             Arc::clone(semaphore).try_acquire_owned().map_err(|_| Denied { why, wait: random(PLACE_WAIT) })
@@ -151,6 +154,7 @@ impl Denied {
             Refused::AddressConnections => "too many connections from this address",
             Refused::AddressRate => "too many connections in a short time from this address",
             Refused::UserConnections => "too many connections of this user",
+            Refused::Memory => "too much waits for slow clients",
             Refused::Pending | Refused::Rate => "too many connect at once",
             _ => "too many connections",
         }

@@ -37,6 +37,7 @@ use crate::cluster::Answers;
 use crate::connection::Connection;
 use crate::cursor::Cursor;
 use crate::history_reader;
+use crate::ledger;
 use crate::presence_reader::{self, Question};
 use crate::protocol::{self, ErrorCode, Refusal};
 use crate::publication::Payload;
@@ -126,6 +127,7 @@ impl Api {
         shared.metrics.outbox_frames.set(frames as i64);
         shared.metrics.outbox_bytes.set(bytes as i64);
         shared.metrics.subscriptions.set(subscriptions as i64);
+        shared.metrics.ledger(ledger::frame_bytes(), ledger::arriving_bytes());
         shared.metrics.channels.set(self.broker.hub.len() as i64);
         let mut response = text(StatusCode::OK, shared.metrics.text());
         let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");

@@ -17,7 +17,7 @@ use crate::history_redis;
 use crate::history_store::{Content, Entry, Moment};
 use crate::history_view::Gap;
 use crate::hub::{Histories, Hub};
-use crate::metrics::{Drop as DropReason, Link, Source};
+use crate::metrics::{Drop as DropReason, Limited, Link, Source};
 use crate::presence_store::{self, Event};
 use crate::protocol::{ErrorCode, Refusal};
 use crate::publication::{Message, Payload};
@@ -143,6 +143,14 @@ impl Broker {
         Ok(())
     }
 
+    /// Refuses a publication while memory is tight.
+    ///
+    /// # Errors
+    /// `unavailable`
+    pub fn check_memory(&self) -> Result<(), Refusal> {
+        self.shared.memory.check().inspect_err(|_| self.shared.metrics.limited(Limited::Memory))
+    }
+
     /// Starts a publish of the HTTP API: what is started one after another is published in that order.
     /// Waits for subscribers that are late, and for room in the queue to Redis. What is published with the `key` of an
     /// earlier publish within five minutes is that one.
@@ -156,6 +164,7 @@ impl Broker {
         key: Option<&str>,
     ) -> Result<Publishing, Refusal> {
         self.check_payload(payload.bytes())?;
+        self.check_memory()?;
         if key.is_some() && self.hub.rules().history(channel).is_none() {
             return Err(Refusal::new(ErrorCode::BadRequest, "Idempotency-Key needs a channel with history"));
         }

@@ -30,6 +30,10 @@ pub enum CloseReason {
     Timeout,
     /// The connection's own socket refused bytes for too long or for too many messages.
     SlowConsumer,
+    /// It did too much of something, and did not stop when it was told so.
+    RateLimited(&'static str),
+    /// The instance has no room for it any more.
+    Overload(&'static str),
     /// The API asked for it (`POST /api/disconnect`).
     Disconnected {
         /// The close code to send.
@@ -41,7 +45,7 @@ pub enum CloseReason {
 
 impl CloseReason {
     /// Every label that [`CloseReason::label`] can return, for metrics that start at zero.
-    pub const LABELS: [&'static str; 12] = [
+    pub const LABELS: [&'static str; 14] = [
         "client",
         "lost",
         "protocol_error",
@@ -54,6 +58,8 @@ impl CloseReason {
         "timeout",
         "slow_consumer",
         "disconnected",
+        "rate_limited",
+        "overload",
     ];
 
     /// The close code to send, or `None` where the peer's close frame had none.
@@ -64,9 +70,10 @@ impl CloseReason {
             Self::ProtocolError(_) => 1002,
             Self::UnsupportedData(_) => 1003,
             Self::InvalidPayload => 1007,
-            Self::Policy(_) => 1008,
+            Self::Policy(_) | Self::RateLimited(_) => 1008,
             Self::TooBig => 1009,
             Self::Drain => 1012,
+            Self::Overload(_) => 1013,
             Self::Timeout => 3008,
             Self::SlowConsumer => 4101,
             Self::Disconnected { code, .. } => *code,
@@ -78,7 +85,11 @@ impl CloseReason {
         Cow::Borrowed(match self {
             Self::Client(_) => "",
             Self::Lost => "connection lost",
-            Self::ProtocolError(what) | Self::UnsupportedData(what) | Self::Policy(what) => what,
+            Self::ProtocolError(what)
+            | Self::UnsupportedData(what)
+            | Self::Policy(what)
+            | Self::RateLimited(what)
+            | Self::Overload(what) => what,
             Self::InvalidPayload => "text is not UTF-8",
             Self::TooBig => "message too big",
             Self::Internal => "internal error",
@@ -109,12 +120,14 @@ impl CloseReason {
             Self::Timeout => 9,
             Self::SlowConsumer => 10,
             Self::Disconnected { .. } => 11,
+            Self::RateLimited(_) => 12,
+            Self::Overload(_) => 13,
         }
     }
 
     /// Whether frames accepted before the close are still sent before the close frame.
     /// A slow consumer's are not: its socket is the one that would not take them.
     pub fn keeps_queue(&self) -> bool {
-        !matches!(self, Self::SlowConsumer | Self::Timeout | Self::Lost)
+        !matches!(self, Self::SlowConsumer | Self::Timeout | Self::Lost | Self::Overload(_))
     }
 }

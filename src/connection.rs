@@ -19,6 +19,7 @@ use crate::eviction::Evicted;
 use crate::fanout::{Fanout, Subscriber};
 use crate::frame::{Frame, Opcode};
 use crate::lanes::Lanes;
+use crate::memory::Memory;
 use crate::metrics::{Drop as DropReason, Metrics};
 use crate::outbox::{self, Flushed, Outbox, Phase, Push};
 use crate::presence::Presence;
@@ -37,6 +38,8 @@ pub struct Shared {
     pub lanes: Arc<Lanes>,
     /// The metrics.
     pub metrics: Metrics,
+    /// What may wait in all.
+    pub memory: Memory,
     /// All open connections.
     pub connections: Connections,
     /// This boot of this instance: 16 hexadecimal digits.
@@ -288,6 +291,11 @@ impl Connection {
     /// Frames and bytes that wait.
     pub fn depth(&self) -> (usize, usize) {
         self.outbox.depth()
+    }
+
+    /// Since when its socket refuses bytes, if it does.
+    pub fn refused_since_us(&self) -> Option<u64> {
+        self.outbox.refused_since_us()
     }
 
     /// Bytes of the past that it asked for and has not read.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use crate::allowance::Excess;
 use crate::asker::Asker;
 use crate::channel::Wish;
 use crate::close::CloseReason;
@@ -10,7 +11,7 @@ use crate::connection::Connection;
 use crate::event;
 use crate::fanout::Fanout;
 use crate::history_reader::Question;
-use crate::metrics::Source;
+use crate::metrics::{Limited, Source};
 use crate::presence_reader;
 use crate::protocol::{Command, ErrorCode, Refusal, Request, Target, Wanted};
 use crate::publication::Payload;
@@ -33,11 +34,14 @@ impl Session {
 
     pub(crate) fn execute(&mut self, request: Request<'_>, fanout: &mut Fanout<Arc<Connection>>) {
         let id = request.id;
-        if !self.may_answer(id, fanout) {
+        if self.connection.close_reason().is_some() || !self.may_answer(id, fanout) {
             return;
         }
         if !matches!(request.command, Ok(Command::Publish { .. })) {
             self.answer(fanout);
+        }
+        if let Err(excess) = self.allowance.command(&request.command, &self.context.allowances, self.batch_us) {
+            return self.refuse(id, excess, fanout);
         }
         match request.command {
             Err(refusal) => self.reply(&event::error(id, &refusal, None), fanout),
@@ -70,6 +74,27 @@ impl Session {
         }
     }
 
+    /// It was too much: says so, or closes the connection.
+    pub(crate) fn refuse(&mut self, id: Option<&str>, excess: Excess, fanout: &mut Fanout<Arc<Connection>>) {
+        let metrics = &self.connection.shared().metrics;
+        match excess {
+            Excess::Refused(limit, refusal) => {
+                metrics.limited(limit);
+                self.reply(&event::error(id, &refusal, None), fanout);
+            }
+            Excess::Close(limit, reason) => {
+                metrics.limited(limit);
+                self.connection.close(reason);
+            }
+        }
+    }
+
+    /// Whether one more channel would be one too many here.
+    pub(crate) fn is_channel_too_many(&self, channel: &str) -> bool {
+        let (hub, channels_max) = (&self.context.broker.hub, self.context.allowances.channels_max);
+        channels_max > 0 && hub.len() >= channels_max && hub.channel(channel).is_none()
+    }
+
     /// Carries out one element of a batch after another; a bad one does not stop the rest.
     fn each(
         &mut self,
@@ -92,7 +117,13 @@ impl Session {
     fn subscribe(&mut self, id: Option<&str>, wanted: &Wanted<'_>, fanout: &mut Fanout<Arc<Connection>>) {
         let channel = &*wanted.channel;
         if self.subscriptions.len() >= self.context.subscriptions_max && !self.subscriptions.contains(channel) {
+            self.connection.shared().metrics.limited(Limited::Subscriptions);
             let refusal = Refusal::new(ErrorCode::LimitExceeded, "too many subscriptions on this connection");
+            return self.reply(&event::error(id, &refusal, Some(channel)), fanout);
+        }
+        if self.is_channel_too_many(channel) {
+            self.connection.shared().metrics.limited(Limited::Channels);
+            let refusal = Refusal::new(ErrorCode::LimitExceeded, "too many channels on this instance");
             return self.reply(&event::error(id, &refusal, Some(channel)), fanout);
         }
         // Who has not read the last recoveries yet begins anew: what waits for a client is bounded.
@@ -144,6 +175,7 @@ impl Session {
             return Err(Refusal::new(ErrorCode::Forbidden, "clients may not publish to this channel"));
         }
         broker.check_payload(data.as_bytes())?;
+        broker.check_memory()?;
         let Some(servers) = &broker.servers else {
             let cursor = broker.gather(channel, Payload::Json(data), None, Source::Socket, fanout);
             fanout.answers.extend(id.map(|id| event::published(id, cursor)));

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::clock;
 use crate::close::CloseReason;
 use crate::eviction::{Border, Evictable, Loss};
+use crate::ledger::Kept;
 
 /// Longest payload of a control frame (RFC 6455 §5.5).
 pub const CONTROL_PAYLOAD_BYTES_MAX: usize = 125;
@@ -35,7 +36,7 @@ pub enum Opcode {
 /// One complete frame, or a bundle of several data frames, ready for the socket.
 #[derive(Debug)]
 pub struct Frame {
-    bytes: Box<[u8]>,
+    bytes: Kept,
     messages: u32,
     role: Role,
     /// It is of the past, and does not count against the bounds of an outbox.
@@ -121,7 +122,7 @@ impl Frame {
     }
 
     fn of(bytes: Vec<u8>, messages: usize) -> Self {
-        let bytes = bytes.into_boxed_slice();
+        let bytes = Kept::from(bytes);
         Self { bytes, messages: messages as u32, role: Role::Plain, is_replay: false, created_us: clock::now_us() }
     }
 
@@ -175,7 +176,7 @@ impl Frame {
             return Some(Arc::clone(self));
         }
         let end = border + frame_len(&self.bytes[border..]);
-        let bytes = self.bytes[..end].into();
+        let bytes = Kept::from(self.bytes[..end].to_vec());
         let (is_replay, created_us) = (self.is_replay, self.created_us);
         Some(Arc::new(Self { bytes, messages: complete as u32 + 1, role: Role::Plain, is_replay, created_us }))
     }

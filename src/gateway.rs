@@ -32,11 +32,12 @@ use crate::history_reader;
 use crate::hub::{Histories, Hub};
 use crate::lanes::Lanes;
 use crate::listen::{self, Public};
+use crate::memory::{self, Memory};
 use crate::metrics::Metrics;
 use crate::presence::{self, Presence, Store};
 use crate::presence_reader::{self, Questions};
 use crate::presence_redis::{self, RedisStore};
-use crate::presence_store::Memory;
+use crate::presence_store;
 use crate::presence_writer;
 use crate::redis_tasks::Redis;
 use crate::registry::{self, Registry};
@@ -113,6 +114,7 @@ impl Gateway {
                 outbox: config.outbox,
                 lanes: Arc::new(Lanes::new(config.worker_threads)),
                 metrics: Metrics::default(),
+                memory: Memory::new(config.limits.memory_max),
                 connections: Default::default(),
                 instance_id: instance_id.into(),
                 started_at_ms: clock::unix_ms(clock::now_us()),
@@ -280,7 +282,7 @@ impl Drop for EndedGuard {
 /// Who is where: on the channels' servers with Redis, else here.
 fn presence(config: &Config, servers: Option<Arc<Servers>>) -> (Presence, Questions) {
     let store = match servers {
-        None => Store::Memory(Memory::default()),
+        None => Store::Memory(presence_store::Memory::default()),
         Some(servers) => {
             let settings = presence_redis::Settings {
                 key_prefix: config.redis_key_prefix.as_str().into(),
@@ -302,6 +304,7 @@ fn public(config: Config, broker: &Arc<Broker>, ended: &Arc<Ended>, tls: Option<
             rules: config.channel_rules,
             message_bytes_max: config.message_bytes_max,
             subscriptions_max: config.subscriptions_max,
+            allowances: config.limits.allowances(),
             ping_interval: config.ping_interval,
         }),
         admission: Admission::new(&config.limits, connections_max(config.connections_max)),
@@ -332,6 +335,7 @@ fn background(config: &Config, broker: &Arc<Broker>) -> Vec<JoinHandle<()>> {
         write_timeout_us: micros(config.write_timeout),
     };
     tasks.push(tokio::spawn(sweep(Arc::clone(shared), liveness)));
+    tasks.push(tokio::spawn(memory::watch(Arc::clone(shared))));
     tasks
 }
 

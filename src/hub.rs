@@ -5,7 +5,7 @@
 //! shard, channel, outbox. No I/O, no await.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use dashmap::DashMap;
 use parking_lot::Mutex;
@@ -32,6 +32,8 @@ const SHARDS: usize = 256;
 #[derive(Debug)]
 pub struct Hub<S> {
     channels: DashMap<Arc<str>, Arc<Channel<S>>, foldhash::quality::RandomState>,
+    /// How many they are: the map would have to ask all its shards.
+    count: AtomicUsize,
     rules: ChannelRules,
     outbox: Limits,
     /// The gateway drains: publications do not wait for others any more.
@@ -83,7 +85,15 @@ impl<S: Subscriber> Hub<S> {
             Some(_) => Histories::Redis(Followings::default()),
             None => Histories::Memory(Memory::default()),
         };
-        Arc::new(Self { channels, rules, outbox, is_draining: AtomicBool::new(false), histories, upstream })
+        Arc::new(Self {
+            channels,
+            count: AtomicUsize::new(0),
+            rules,
+            outbox,
+            is_draining: AtomicBool::new(false),
+            histories,
+            upstream,
+        })
     }
 
     /// Puts a publication in the order of its channel, if anybody is in it. What has to be delivered for that is
@@ -142,12 +152,12 @@ impl<S: Subscriber> Hub<S> {
 
     /// How many channels there are.
     pub fn len(&self) -> usize {
-        self.channels.len()
+        self.count.load(Ordering::Relaxed)
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.channels.is_empty()
+        self.len() == 0
     }
 
     /// Joins a channel, creating it if need be.
@@ -187,9 +197,12 @@ impl<S: Subscriber> Hub<S> {
 
     /// Drops a channel that nobody is in and Redis does not have.
     pub fn forget(&self, channel: &Channel<S>) {
-        self.channels.remove_if(channel.name(), |_, current| {
+        let removed = self.channels.remove_if(channel.name(), |_, current| {
             std::ptr::eq(Arc::as_ptr(current), channel) && current.remove_if_unused(self.upstream.is_some())
         });
+        if removed.is_some() {
+            self.count.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 
     /// Redis confirmed a SUBSCRIBE.
@@ -277,7 +290,11 @@ impl<S: Subscriber> Hub<S> {
         let upstream = if self.upstream.is_some() { Upstream::Absent } else { Upstream::Live };
         let channel = Arc::new(Channel::new(name, upstream, self.nature(name)));
         let key = channel.shared_name();
-        Arc::clone(&self.channels.entry(key).or_insert(channel))
+        let created = self.channels.entry(key).or_insert_with(|| {
+            self.count.fetch_add(1, Ordering::Relaxed);
+            channel
+        });
+        Arc::clone(&created)
     }
 }
 

@@ -16,6 +16,10 @@
 //! `dispatch` (carried out, answered) → `hub` (join, or leave) → with Redis, `multiplexer` confirms the channel and lets the
 //! subscriber in.
 //!
+//! # How much of it
+//! `admission` (before the upgrade: `guests`, by address and user) → `allowance` (what one connection may do, in `meter`s) →
+//! `ledger` (what waits in all) → `memory` (nobody new, then who is slow goes).
+//!
 //! # One request, from the API to all instances
 //! `api` (HTTP; `api_keys` say who may, answers in `answer`) → `actions` → `admin` (what this instance does) and `cluster` (envelopes through Redis to
 //! those that `registry` knows) → their `admin`.
@@ -58,7 +62,10 @@ pub mod listen;
 pub mod variables;
 
 pub mod admission;
+pub mod allowance;
 pub mod guests;
+pub mod ledger;
+pub mod memory;
 pub mod meter;
 pub mod turned_away;
 

@@ -1,9 +1,14 @@
 //! What the configuration says about how much is allowed: rates, connections, memory.
 
+use std::fs;
 use std::time::Duration;
 
-use crate::config::{ConfigError, Values};
+use bytesize::ByteSize;
+
+use crate::allowance::Allowances;
+use crate::config::{ConfigError, Values, size};
 use crate::meter::Rate;
+use crate::session::READ_BYTES;
 
 /// Handshakes a second of one worker thread. One costs 35 us of CPU without TLS (README, "Numbers"), so that
 /// this is a third of a core, and a burst of it is over within a second.
@@ -13,6 +18,14 @@ const HANDSHAKES_PER_WORKER: usize = 10_000;
 const BURST: Duration = Duration::from_secs(2);
 
 const SECOND: Duration = Duration::from_secs(1);
+
+/// As many seconds' worth of pings may come at once: a client that wakes up may have some to send.
+const PINGS_BURST: Duration = Duration::from_secs(20);
+
+const BYTES_ALLOWED: &str = "a size of at least 1KiB such as 64KiB, 0 for no limit";
+const BYTES_MIN: u64 = 1 << 10;
+const MEMORY_ALLOWED: &str = "a size of at least 8MiB such as 512MiB or 4GiB";
+const MEMORY_BYTES_MIN: u64 = 8 << 20;
 
 const COUNT_ALLOWED: &str = "a number up to 1000000000, 0 for no limit";
 
@@ -29,6 +42,20 @@ pub struct LimitsConfig {
     pub connections_per_address: usize,
     /// `HUBCAST_CONNECTIONS_PER_USER`; 0: no limit.
     pub connections_per_user: usize,
+    /// `HUBCAST_COMMANDS_PER_SECOND`
+    pub commands: Count,
+    /// `HUBCAST_PUBLISHES_PER_SECOND`
+    pub publishes: Count,
+    /// `HUBCAST_PINGS_PER_SECOND`
+    pub pings: Count,
+    /// `HUBCAST_BAD_REQUESTS_PER_MINUTE`; 0: no limit.
+    pub bad_requests_per_minute: usize,
+    /// `HUBCAST_BYTES_PER_SECOND`; 0: no limit.
+    pub bytes_per_second: usize,
+    /// `HUBCAST_CHANNELS_MAX`; 0: no limit.
+    pub channels_max: usize,
+    /// `HUBCAST_MEMORY_MAX`
+    pub memory_max: usize,
 }
 
 /// So many a second; 0: no limit.
@@ -43,6 +70,20 @@ impl Count {
 }
 
 impl LimitsConfig {
+    /// What each connection may do.
+    pub fn allowances(&self) -> Allowances {
+        let read_bytes = if self.bytes_per_second == 0 { READ_BYTES } else { self.bytes_per_second / 4 };
+        Allowances {
+            commands: self.commands.rate(),
+            publishes: self.publishes.rate(),
+            pings: Rate::new(self.pings.0, SECOND, PINGS_BURST),
+            bad_requests: Rate::new(self.bad_requests_per_minute, SECOND * 60, SECOND * 60),
+            bytes: Rate::new(self.bytes_per_second, SECOND, SECOND),
+            read_bytes: read_bytes.clamp(1, READ_BYTES),
+            channels_max: self.channels_max,
+        }
+    }
+
     pub(crate) fn parse(values: &Values, worker_threads: usize) -> Result<Self, ConfigError> {
         let count = |name| values.get(name, COUNT_ALLOWED, count);
         let handshakes = values.get("HUBCAST_HANDSHAKES_PER_SECOND", COUNT_ALLOWED, |text| match text {
@@ -55,6 +96,13 @@ impl LimitsConfig {
             handshakes_per_address: Count(count("HUBCAST_HANDSHAKES_PER_ADDRESS")?),
             connections_per_address: count("HUBCAST_CONNECTIONS_PER_ADDRESS")?,
             connections_per_user: count("HUBCAST_CONNECTIONS_PER_USER")?,
+            commands: Count(count("HUBCAST_COMMANDS_PER_SECOND")?),
+            publishes: Count(count("HUBCAST_PUBLISHES_PER_SECOND")?),
+            pings: Count(count("HUBCAST_PINGS_PER_SECOND")?),
+            bad_requests_per_minute: count("HUBCAST_BAD_REQUESTS_PER_MINUTE")?,
+            bytes_per_second: values.get("HUBCAST_BYTES_PER_SECOND", BYTES_ALLOWED, bytes_per_second)?,
+            channels_max: count("HUBCAST_CHANNELS_MAX")?,
+            memory_max: values.get("HUBCAST_MEMORY_MAX", MEMORY_ALLOWED, memory_max)?,
         })
     }
 
@@ -66,9 +114,41 @@ impl LimitsConfig {
             "HUBCAST_HANDSHAKES_PER_ADDRESS" => self.handshakes_per_address.0.to_string(),
             "HUBCAST_CONNECTIONS_PER_ADDRESS" => self.connections_per_address.to_string(),
             "HUBCAST_CONNECTIONS_PER_USER" => self.connections_per_user.to_string(),
+            "HUBCAST_COMMANDS_PER_SECOND" => self.commands.0.to_string(),
+            "HUBCAST_PUBLISHES_PER_SECOND" => self.publishes.0.to_string(),
+            "HUBCAST_PINGS_PER_SECOND" => self.pings.0.to_string(),
+            "HUBCAST_BAD_REQUESTS_PER_MINUTE" => self.bad_requests_per_minute.to_string(),
+            "HUBCAST_BYTES_PER_SECOND" if self.bytes_per_second == 0 => "0".to_owned(),
+            "HUBCAST_BYTES_PER_SECOND" => size(self.bytes_per_second),
+            "HUBCAST_CHANNELS_MAX" => self.channels_max.to_string(),
+            "HUBCAST_MEMORY_MAX" => size(self.memory_max),
             _ => return None,
         })
     }
+}
+
+fn bytes_per_second(text: &str) -> Option<usize> {
+    let bytes = text.parse::<ByteSize>().ok()?.0;
+    (bytes == 0 || bytes >= BYTES_MIN).then_some(bytes as usize)
+}
+
+fn memory_max(text: &str) -> Option<usize> {
+    if text.is_empty() {
+        return Some(machine_bytes() / 2);
+    }
+    let bytes = text.parse::<ByteSize>().ok()?.0;
+    (bytes >= MEMORY_BYTES_MIN).then_some(bytes as usize)
+}
+
+/// The memory of the machine, or of the container (cgroup v2 or v1) if that has less; 2 GiB where nothing says so.
+fn machine_bytes() -> usize {
+    let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+        Some(line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()? << 10)
+    });
+    let cgroups = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
+    let cgroup = |path: &&str| fs::read_to_string(path).ok()?.trim().parse::<usize>().ok();
+    machine.into_iter().chain(cgroups.iter().filter_map(cgroup)).min().unwrap_or(2 << 30)
 }
 
 fn count(text: &str) -> Option<usize> {

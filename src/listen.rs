@@ -79,7 +79,8 @@ pub struct Public {
 pub async fn public(listener: TcpListener, public: Arc<Public>) {
     loop {
         let (socket, remote) = accept(&listener, public.metrics()).await;
-        match public.admission.admit(public.own_address(remote), clock::now_us()) {
+        let is_tight = public.sessions.broker.shared.memory.is_tight();
+        match public.admission.admit(public.own_address(remote), is_tight, clock::now_us()) {
             Ok((place, pending)) => {
                 let public = Arc::clone(&public);
                 tokio::spawn(async move { public.serve(socket, remote, (place, pending)).await });

@@ -47,6 +47,11 @@ impl Rate {
         Self { interval_ns, burst_ns: (micros(burst) * 1000).max(interval_ns) }
     }
 
+    /// How far what happens may be ahead of the rate.
+    pub fn burst(&self) -> Duration {
+        Duration::from_nanos(self.burst_ns)
+    }
+
     /// Whether there is a limit.
     pub fn is_limited(&self) -> bool {
         self.interval_ns > 0
@@ -54,18 +59,19 @@ impl Rate {
 }
 
 impl Meter {
-    /// Takes `count`, also if that is too much: whoever does not wait stays above the limit.
+    /// Takes `count`, also if that is too much: whoever does not wait stays above the limit. A count above a burst is
+    /// as good as a burst, or it could never be taken.
     pub fn take(&mut self, rate: &Rate, count: usize, now_us: u64) -> Verdict {
         if !rate.is_limited() {
             return Verdict::Within;
         }
-        let now_ns = now_us * 1000;
-        self.due_ns = self.due_ns.max(now_ns).saturating_add(rate.interval_ns.saturating_mul(count as u64));
-        let over_ns = (self.due_ns - now_ns).saturating_sub(rate.burst_ns);
-        match over_ns {
+        let cost_ns = rate.interval_ns.saturating_mul(count as u64).min(rate.burst_ns);
+        self.due_ns = self.due_ns.max(now_us * 1000).saturating_add(cost_ns);
+        match (self.due_ns - now_us * 1000).saturating_sub(rate.burst_ns) {
             0 => Verdict::Within,
             over_ns if over_ns > rate.burst_ns => Verdict::Abuse,
-            over_ns => Verdict::Over(Duration::from_nanos(over_ns)),
+            // It costs as much again.
+            over_ns => Verdict::Over(Duration::from_nanos(over_ns + cost_ns)),
         }
     }
 
@@ -74,16 +80,12 @@ impl Meter {
     /// # Errors
     /// How long until there is one.
     pub fn try_take(&mut self, rate: &Rate, now_us: u64) -> Result<(), Duration> {
-        let before = *self;
-        match self.take(rate, 1, now_us) {
-            Verdict::Within => Ok(()),
-            Verdict::Over(wait) => {
-                *self = before;
-                Err(wait)
-            }
-            Verdict::Abuse => {
-                *self = before;
-                Err(Duration::from_nanos(rate.burst_ns))
+        let due_ns = self.due_ns.max(now_us * 1000) + rate.interval_ns;
+        match (due_ns - now_us * 1000).saturating_sub(rate.burst_ns) {
+            over_ns if over_ns > 0 && rate.is_limited() => Err(Duration::from_nanos(over_ns)),
+            _ => {
+                self.due_ns = due_ns;
+                Ok(())
             }
         }
     }

@@ -46,6 +46,32 @@ pub enum Drop {
     Conflated,
 }
 
+/// A limit that somebody who is connected met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limited {
+    /// `HUBCAST_COMMANDS_PER_SECOND`
+    Commands,
+    /// `HUBCAST_PUBLISHES_PER_SECOND`
+    Publishes,
+    /// `HUBCAST_PINGS_PER_SECOND`
+    Pings,
+    /// `HUBCAST_BAD_REQUESTS_PER_MINUTE`
+    BadRequests,
+    /// `HUBCAST_BYTES_PER_SECOND`
+    Bytes,
+    /// `HUBCAST_SUBSCRIPTIONS_MAX`
+    Subscriptions,
+    /// `HUBCAST_CHANNELS_MAX`
+    Channels,
+    /// `HUBCAST_MEMORY_MAX`
+    Memory,
+}
+
+impl Limited {
+    const LABELS: [&'static str; 8] =
+        ["commands", "publishes", "pings", "bad_requests", "bytes", "subscriptions", "channels", "memory"];
+}
+
 /// Why a connection was refused before the upgrade.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
@@ -73,10 +99,12 @@ pub enum Refused {
     ProxyProtocol,
     /// The TLS handshake failed.
     Tls,
+    /// Three quarters of `HUBCAST_MEMORY_MAX` are taken.
+    Memory,
 }
 
 impl Refused {
-    const LABELS: [&'static str; 12] = [
+    const LABELS: [&'static str; 13] = [
         "limit",
         "draining",
         "handshake",
@@ -89,6 +117,7 @@ impl Refused {
         "user_connections",
         "proxy_protocol",
         "tls",
+        "memory",
     ];
 }
 
@@ -146,6 +175,8 @@ pub struct Metrics {
     closed: Labelled<{ CloseReason::LABELS.len() }>,
     refused: Labelled<{ Refused::LABELS.len() }>,
     api_refused: Labelled<3>,
+    limited: Labelled<{ Limited::LABELS.len() }>,
+    ledger: [Gauge; 2],
     reloads: Labelled<{ Reloaded::LABELS.len() }>,
     reload_failed: [Gauge; Reloaded::LABELS.len()],
     /// Failed `accept` calls.
@@ -213,6 +244,8 @@ impl Default for Metrics {
             ),
             refused: refused(r),
             api_refused: api_refused(r),
+            limited: limited(r),
+            ledger: ledger(r),
             reloads: labelled(r, "reloads", "Files read anew since they changed", "file", Reloaded::LABELS),
             reload_failed: reload_failed(r),
             accept_errors: register(r, "accept_errors", "Failed accept calls"),
@@ -274,6 +307,17 @@ impl Metrics {
     /// Counts a refusal before the upgrade.
     pub fn refused(&self, why: Refused) {
         self.refused[why as usize].inc();
+    }
+
+    /// Notes the bytes of frames that somebody holds, and those that are arriving.
+    pub fn ledger(&self, frames: usize, arriving: usize) {
+        self.ledger[0].set(frames as i64);
+        self.ledger[1].set(arriving as i64);
+    }
+
+    /// Counts what a limit refused, closed or made to wait.
+    pub fn limited(&self, limit: Limited) {
+        self.limited[limit as usize].inc();
     }
 
     /// Counts an API request that was refused.
@@ -403,4 +447,14 @@ fn links(registry: &mut Registry) -> [Gauge; 3] {
 fn refused(registry: &mut Registry) -> Labelled<{ Refused::LABELS.len() }> {
     let help = "Connections refused before the upgrade, by reason";
     labelled(registry, "connections_refused", help, "reason", Refused::LABELS)
+}
+
+fn limited(registry: &mut Registry) -> Labelled<{ Limited::LABELS.len() }> {
+    labelled(registry, "limited", "What was refused, closed or made to wait by a limit", "limit", Limited::LABELS)
+}
+
+fn ledger(registry: &mut Registry) -> [Gauge; 2] {
+    let family = Family::<Labels, Gauge>::default();
+    registry.register("ledger_bytes", "Bytes of frames that wait, and of what is arriving", family.clone());
+    ["frames", "arriving"].map(|kind| family.get_or_create_owned(&[("kind", kind)]))
 }

@@ -227,6 +227,11 @@ impl<L: Lock<State>> Outbox<L> {
         })
     }
 
+    /// Since when its socket refuses bytes, if it does and the outbox is not closing.
+    pub fn refused_since_us(&self) -> Option<u64> {
+        self.state.with(|state| state.refused_since_us())
+    }
+
     /// Messages and bytes that wait.
     pub fn depth(&self) -> (usize, usize) {
         self.state.with(|state| {

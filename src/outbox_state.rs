@@ -143,6 +143,10 @@ impl State {
         if !self.queue.is_empty() && self.claim() { Push::Schedule } else { Push::Queued }
     }
 
+    pub(crate) fn refused_since_us(&self) -> Option<u64> {
+        (self.phase == Phase::Blocked && !self.closing && self.refused_us > 0).then_some(self.refused_us)
+    }
+
     pub(crate) fn is_closing(&self) -> bool {
         self.closing || self.phase == Phase::Failed
     }

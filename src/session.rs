@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use crate::allowance::{Allowance, Allowances};
 use crate::broker::Broker;
 use crate::clock;
 use crate::close::CloseReason;
@@ -22,6 +23,8 @@ use crate::fanout::Fanout;
 use crate::frame::{Frame, Opcode};
 use crate::handshake::Mode;
 use crate::hub::Subscriptions;
+use crate::ledger::Arriving;
+use crate::metrics::Limited;
 use crate::protocol::{self, Command, Request};
 use crate::publication::Format;
 use crate::publisher::{self, Job};
@@ -30,7 +33,7 @@ use crate::websocket::{Message, Parser};
 use crate::writer::Writer;
 
 /// Bytes read at once.
-const READ_BYTES: usize = 64 << 10;
+pub(crate) const READ_BYTES: usize = 64 << 10;
 
 /// Commands (and channels of their lists) that one frame may carry: their answers must fit into an outbox.
 const ANSWERS_MAX: usize = 4096;
@@ -62,6 +65,8 @@ pub struct SessionContext {
     pub message_bytes_max: usize,
     /// `HUBCAST_SUBSCRIPTIONS_MAX`
     pub subscriptions_max: usize,
+    /// What a connection may do.
+    pub allowances: Allowances,
     /// `HUBCAST_PING_INTERVAL`, for the welcome.
     pub ping_interval: Duration,
 }
@@ -83,6 +88,13 @@ pub struct Session {
     pub(crate) context: Arc<SessionContext>,
     pub(crate) subscriptions: Subscriptions<Arc<Connection>>,
     parser: Parser,
+    /// What it holds of bytes that are not carried out yet, in the ledger.
+    arriving: Arriving,
+    pub(crate) allowance: Allowance,
+    /// When what is carried out now was read.
+    pub(crate) batch_us: u64,
+    /// How long not to read, because it sent too much.
+    rest: Duration,
     is_echo: bool,
     /// Answers that the current frame may still have.
     pub(crate) answers_left: usize,
@@ -103,6 +115,10 @@ impl Session {
             parser: Parser::new(context.message_bytes_max),
             connection,
             context,
+            arriving: Arriving::default(),
+            allowance: Allowance::default(),
+            batch_us: clock::now_us(),
+            rest: Duration::ZERO,
             is_echo,
             answers_left: ANSWERS_MAX,
             backlog: backlog.to_vec(),
@@ -165,6 +181,10 @@ impl Session {
                     self.execute(Request { id: None, command }, &mut fanout);
                 }
             }
+            Mode::Raw(channel) if self.is_channel_too_many(channel) => {
+                self.connection.shared().metrics.limited(Limited::Channels);
+                self.connection.close(CloseReason::Overload("too many channels on this instance"));
+            }
             Mode::Raw(channel) => {
                 self.subscriptions.subscribe(channel, None, &mut fanout);
                 self.note_subscriptions();
@@ -175,9 +195,10 @@ impl Session {
         self.settle(fanout, backlog);
     }
 
-    /// Publishing waits: for subscribers that are late, or for room in the queue to Redis.
+    /// Publishing waits: for subscribers that are late, or for room in the queue to Redis. Or reading does, as it was
+    /// too much.
     fn is_stalled(&self) -> bool {
-        !self.late.is_empty() || !self.unqueued.is_empty()
+        !self.late.is_empty() || !self.unqueued.is_empty() || !self.rest.is_zero()
     }
 
     /// Gives others their turn and waits until publishing can go on, writing the own outbox meanwhile;
@@ -187,8 +208,12 @@ impl Session {
         while self.is_stalled() || !self.backlog.is_empty() {
             let late = std::mem::take(&mut self.late);
             let unqueued = std::mem::take(&mut self.unqueued);
+            let rest = std::mem::take(&mut self.rest);
             let room = async {
                 tokio::task::yield_now().await;
+                if !rest.is_zero() {
+                    tokio::time::sleep(rest).await;
+                }
                 broker.shared.lanes.room(late).await;
                 if let Some(servers) = &broker.servers {
                     for job in unqueued {
@@ -241,13 +266,19 @@ impl Session {
 
     /// Reads what has arrived and carries it out; returns how many bytes that were.
     fn read(&mut self) -> usize {
-        SCRATCH.with_borrow_mut(|scratch| match self.connection.socket().try_read(&mut scratch.read) {
+        let read_bytes = self.context.allowances.read_bytes;
+        SCRATCH.with_borrow_mut(|scratch| match self.connection.socket().try_read(&mut scratch.read[..read_bytes]) {
             Ok(len) if len > 0 => {
                 self.connection.shared().metrics.bytes_received.inc_by(len as u64);
                 let mut fanout = Fanout::default();
                 let rest = self.carry_out(&mut scratch.read[..len], &mut fanout);
                 self.backlog.extend_from_slice(rest);
+                self.note_arriving();
                 self.submit(&mut fanout);
+                self.rest = self.allowance.read(len, &self.context.allowances, self.batch_us);
+                if !self.rest.is_zero() {
+                    self.connection.shared().metrics.limited(Limited::Bytes);
+                }
                 len
             }
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => 0,
@@ -263,7 +294,17 @@ impl Session {
         let rest = self.carry_out(&mut backlog, &mut fanout).len();
         backlog.drain(..backlog.len() - rest);
         self.backlog = backlog;
+        self.note_arriving();
         self.submit(&mut fanout);
+    }
+
+    /// Whoever adds to what is arriving while that is too much has to go, before it takes all memory.
+    fn note_arriving(&mut self) {
+        let memory = &self.connection.shared().memory;
+        if self.arriving.set(self.parser.held() + self.backlog.capacity()) && memory.is_arriving_too_much() {
+            self.connection.shared().metrics.limited(Limited::Memory);
+            self.connection.close(CloseReason::Overload("too much is arriving at once, come back later"));
+        }
     }
 
     pub(crate) fn submit(&mut self, fanout: &mut Fanout<Arc<Connection>>) {
@@ -276,6 +317,7 @@ impl Session {
     fn carry_out<'a>(&mut self, mut input: &'a mut [u8], fanout: &mut Fanout<Arc<Connection>>) -> &'a [u8] {
         let now_us = clock::now_us();
         self.connection.seen(now_us);
+        self.batch_us = now_us;
         while !self.is_stalled() && !fanout.needs_pause() {
             match self.parser.next(&mut input, now_us) {
                 Ok(Some(message)) => self.handle(message, fanout),
@@ -291,6 +333,7 @@ impl Session {
 
     fn handle(&mut self, message: Message<'_>, fanout: &mut Fanout<Arc<Connection>>) {
         match message {
+            Message::Ping(_) | Message::Pong if self.is_ping_too_many(fanout) => {}
             Message::Ping(payload) => self.connection.pong(&payload, fanout),
             Message::Pong => {}
             Message::Close(code) => self.connection.close(CloseReason::Client(code)),
@@ -305,6 +348,12 @@ impl Session {
             }
             _ => self.connection.close(CloseReason::UnsupportedData("raw mode takes no data frames")),
         }
+    }
+
+    /// Counts a ping or pong; if it was too many, the connection is closed.
+    fn is_ping_too_many(&mut self, fanout: &mut Fanout<Arc<Connection>>) -> bool {
+        let excess = self.allowance.ping(&self.context.allowances, self.batch_us).err();
+        excess.map(|excess| self.refuse(None, excess, fanout)).is_some()
     }
 
     pub(crate) fn is_json(&self) -> bool {

@@ -28,6 +28,13 @@ thread_local! {
 #[derive(Debug, Default)]
 pub struct Sharded([CachePadded<AtomicU64>; SHARDS]);
 
+impl Sharded {
+    /// Zero.
+    pub const fn new() -> Self {
+        Self([const { CachePadded::new(AtomicU64::new(0)) }; SHARDS])
+    }
+}
+
 impl Atomic<u64> for Sharded {
     fn inc(&self) -> u64 {
         self.inc_by(1)
@@ -38,7 +45,8 @@ impl Atomic<u64> for Sharded {
     }
 
     fn get(&self) -> u64 {
-        self.0.iter().map(|part| part.load(Ordering::Relaxed)).sum()
+        // Wrapping: of what comes and goes, a part may only have seen what goes.
+        self.0.iter().fold(0, |sum, part| sum.wrapping_add(part.load(Ordering::Relaxed)))
     }
 }
 

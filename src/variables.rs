@@ -139,6 +139,41 @@ pub const VARIABLES: &[Variable] = &[
     variable("HUBCAST_PUBLISH_BYTES_MAX", "1MiB", "Largest payload of a publication, from anywhere."),
     variable("HUBCAST_SUBSCRIPTIONS_MAX", "128", "Subscriptions of one connection: a page needs a few dozen."),
     variable(
+        "HUBCAST_COMMANDS_PER_SECOND",
+        "10000",
+        "Commands of one connection, but publishes; twice as many at once. More are answered rate_limited; who goes on is closed with 1008. Far above what a page needs, far below what a core can do. 0: no limit.",
+    ),
+    variable(
+        "HUBCAST_PUBLISHES_PER_SECOND",
+        "0",
+        "The same for publishes. Off: a publisher that is faster than its subscribers waits for them anyway; set it where strangers may publish.",
+    ),
+    variable(
+        "HUBCAST_BYTES_PER_SECOND",
+        "0",
+        "What is read of one connection, such as 256KiB; the rest waits in its socket. Off: as above.",
+    ),
+    variable(
+        "HUBCAST_PINGS_PER_SECOND",
+        "50",
+        "WebSocket pings and pongs of one connection, 20 seconds' worth at once; more end it with 1008. Clients send one in 20 s or so.",
+    ),
+    variable(
+        "HUBCAST_BAD_REQUESTS_PER_MINUTE",
+        "10000",
+        "Commands that nobody can understand, of one connection; more end it with 1008. A client with a fault lives, a flood does not.",
+    ),
+    variable(
+        "HUBCAST_CHANNELS_MAX",
+        "1000000",
+        "Channels with a subscriber here: 1 GiB of memory. More are refused with limit_exceeded. 0: no limit.",
+    ),
+    variable(
+        "HUBCAST_MEMORY_MAX",
+        "",
+        "What frames that wait and messages that arrive may take. From 3/4 on, connections and publishes get 503, then the clients that are slow for longest are closed with 1013. Default: half of what the container or machine has.",
+    ),
+    variable(
         "HUBCAST_DRAIN_TIME",
         "20s",
         "Closes are spread over this on SIGTERM: below the 30 s that Kubernetes waits.",

@@ -80,6 +80,13 @@ impl Parser {
         Self { message_bytes_max, partial: None }
     }
 
+    /// Bytes that are kept of what is incomplete.
+    pub fn held(&self) -> usize {
+        let Some(partial) = &self.partial else { return 0 };
+        let message = partial.message.as_ref().map_or(0, |message| message.payload.capacity());
+        size_of::<Partial>() + partial.header.capacity() + partial.control.capacity() + message
+    }
+
     /// Takes the next complete message from the front of `input` and advances it, or returns
     /// `None` once all of `input` is consumed. The input is unmasked in place.
     ///

@@ -150,13 +150,15 @@ fn a_meter_is_a_token_bucket() {
     let mut meter = Meter::default();
     let now = 5_000_000;
     assert!((0..10).all(|_| meter.take(&rate, 1, now) == Verdict::Within));
-    assert_eq!(meter.take(&rate, 1, now), Verdict::Over(second / 10));
-    assert_eq!(meter.take(&rate, 4, now), Verdict::Over(second / 2));
+    assert_eq!(meter.take(&rate, 1, now), Verdict::Over(second / 5));
+    assert_eq!(meter.take(&rate, 4, now), Verdict::Over(second * 9 / 10));
     // Whoever waits that long has the next one; who is refused without taking has it sooner.
     assert_eq!(meter.take(&rate, 1, now + 600_000), Verdict::Within);
     assert_eq!(meter.try_take(&rate, now + 600_000), Err(second / 10));
     assert_eq!(meter.try_take(&rate, now + 700_000), Ok(()));
-    assert_eq!(meter.take(&rate, 11, now + 700_000), Verdict::Abuse);
+    // More than a burst is as good as a burst; as much again in vain is abuse.
+    assert_eq!(meter.take(&rate, 1000, now + 700_000), Verdict::Over(second * 2));
+    assert_eq!(meter.take(&rate, 1, now + 700_000), Verdict::Abuse);
     assert_eq!(meter.take(&rate, 10, now + 60_000_000), Verdict::Within);
     assert_eq!(meter.take(&Rate::UNLIMITED, 1 << 40, now), Verdict::Within);
     assert_eq!(Rate::new(0, second, second), Rate::UNLIMITED);
@@ -165,7 +167,7 @@ fn a_meter_is_a_token_bucket() {
     let mut seldom = Meter::default();
     let daily = Rate::new(1, second * 86_400, second);
     assert_eq!(seldom.take(&daily, 1, now), Verdict::Within);
-    assert_eq!(seldom.take(&daily, 1, now), Verdict::Over(second * 86_400));
+    assert_eq!(seldom.take(&daily, 1, now), Verdict::Over(second * 2 * 86_400));
 }
 
 #[test]

@@ -44,6 +44,7 @@ mod presence;
 mod presence_model;
 mod protocol;
 mod proxies;
+mod rates;
 mod recovery;
 mod redis;
 mod registry;
