@@ -14,6 +14,7 @@ mod children;
 mod churn;
 mod fanout;
 mod flights;
+mod flood;
 mod floor;
 mod html;
 mod idle;
@@ -56,6 +57,8 @@ enum Command {
     Churn(churn::Options),
     /// Let some subscribers stall or trickle
     Slow(slow::Options),
+    /// Let somebody send far too much
+    Flood(flood::Options),
     /// Find the highest rate that holds
     Capacity(capacity::Options),
     /// Prove that nothing is lost in silence, repeated or out of order
@@ -73,6 +76,7 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Storm(options) => storm::run(&options),
         Command::Churn(options) => churn::run(&options),
         Command::Slow(options) => slow::run(&options),
+        Command::Flood(options) => flood::run(&options),
         Command::Capacity(options) => capacity::run(&options),
         Command::Verify(options) => return Ok(verify::run(&options)),
         Command::Floor(options) => floor::run(&options),

@@ -9,6 +9,7 @@ use crate::machine::now_us;
 use crate::options::{Crowd, Target, rate};
 use crate::publisher::Pace;
 use crate::report::Report;
+use crate::summary::millis;
 use crate::swarm::Swarm;
 use crate::world::{CHILD_TOKENS, COMPANION_TOKENS, Companion, World, check_files, plan};
 
@@ -74,6 +75,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         }
         None => report.notes.push("Not everybody was back when the run ended: give it more --seconds.".into()),
     }
+    report.figure("connect and subscribe p50", millis(&storm.swarm.connect_us, 0.5), "ms");
+    report.figure("connect and subscribe p99", millis(&storm.swarm.connect_us, 0.99), "ms");
+    report.figure("told to come later", storm.swarm.sent_away as f64, "");
     if !storm.swarm.failures.is_empty() {
         let (count, first) = (storm.swarm.failures.len(), &storm.swarm.failures[0]);
         report.notes.push(format!("{count} connections failed to come back, the first: {first}"));
@@ -90,6 +94,8 @@ impl Companion for Storm {
         if self.broke_us.is_none() && now_us >= self.begins_us {
             self.children.drop_all()?;
             self.swarm.drop_all();
+            self.swarm.connect_us.reset();
+            self.swarm.sent_away = 0;
             self.broke_us = Some(now_us);
         }
         self.swarm.connect_more(registry)?;

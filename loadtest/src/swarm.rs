@@ -5,6 +5,7 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, bail};
+use hdrhistogram::Histogram;
 use mio::net::TcpStream;
 use mio::{Interest, Registry, Token};
 use serde::{Deserialize, Serialize};
@@ -13,7 +14,7 @@ use socket2::{Domain, Socket, Type};
 use crate::flights::Flights;
 use crate::machine::now_us;
 use crate::stream::Stream;
-use crate::tally::Tally;
+use crate::tally::{Tally, histogram};
 use crate::wire;
 
 /// One read takes at most this much.
@@ -46,8 +47,14 @@ pub(crate) struct Swarm {
     /// Connections of this group have the tokens that follow.
     token_base: usize,
     waiting: VecDeque<usize>,
+    /// Those who were told to come later, and when.
+    later: Vec<(u64, usize)>,
     connecting: usize,
     live: usize,
+    /// How often somebody was told to come later.
+    pub sent_away: u64,
+    /// From the beginning of a connect to its last subscription, in microseconds.
+    pub connect_us: Histogram<u64>,
     /// Why connections failed before they were live.
     pub failures: Vec<String>,
     pub tally: Tally,
@@ -60,6 +67,8 @@ pub(crate) struct Swarm {
 #[derive(Debug)]
 struct Connection {
     socket: Option<Stream>,
+    /// When its connect began.
+    began_us: u64,
     state: State,
     /// Bytes of a frame that is not complete yet.
     tail: Vec<u8>,
@@ -94,6 +103,7 @@ impl Swarm {
             }
             Connection {
                 socket: None,
+                began_us: 0,
                 state: State::Closed,
                 tail: Vec::new(),
                 subscriptions: vec![Subscription::default(); plan.subscriptions].into(),
@@ -104,8 +114,11 @@ impl Swarm {
             waiting: (0..plan.connections).collect(),
             connections,
             token_base,
+            later: Vec::new(),
             connecting: 0,
             live: 0,
+            sent_away: 0,
+            connect_us: histogram(),
             failures: Vec::new(),
             tally: Tally::new(now_us(), interval_us),
             receivers,
@@ -122,7 +135,7 @@ impl Swarm {
 
     /// Whether nobody is still on the way.
     pub(crate) fn is_settled(&self) -> bool {
-        self.waiting.is_empty() && self.connecting == 0
+        self.waiting.is_empty() && self.later.is_empty() && self.connecting == 0
     }
 
     /// Receivers of the channel that has fewest.
@@ -137,6 +150,10 @@ impl Swarm {
 
     /// Starts as many connects as may be under way.
     pub(crate) fn connect_more(&mut self, registry: &Registry) -> anyhow::Result<()> {
+        let now_us = now_us();
+        for (_, at) in self.later.extract_if(.., |(due_us, _)| *due_us <= now_us) {
+            self.waiting.push_back(at);
+        }
         while self.connecting < self.plan.connecting_max {
             let Some(at) = self.waiting.pop_front() else { break };
             let number = self.plan.first + at * self.plan.stride;
@@ -145,6 +162,7 @@ impl Swarm {
             let mut socket = Stream::new(socket, self.plan.addr, self.plan.is_tls)?;
             registry.register(&mut socket.tcp, Token(self.token_base + at), Interest::READABLE | Interest::WRITABLE)?;
             self.connections[at].socket = Some(socket);
+            self.connections[at].began_us = now_us;
             self.connections[at].state = State::Connecting;
             self.connecting += 1;
         }
@@ -239,7 +257,11 @@ impl Swarm {
     /// Takes all that is complete; returns the rest.
     fn take_bytes<'a>(&mut self, at: usize, mut bytes: &'a [u8]) -> &'a [u8] {
         if self.connections[at].state == State::Upgrading {
-            let Some((status, _, rest)) = wire::split_head(bytes) else { return bytes };
+            let Some((status, head, rest)) = wire::split_head(bytes) else { return bytes };
+            if let Some(seconds) = wire::retry_after(head).filter(|_| matches!(status, 429 | 503)) {
+                self.send_away(at, seconds);
+                return &[];
+            }
             if status != 101 {
                 self.end(at, &format!("refused with {status}"));
                 return &[];
@@ -257,6 +279,15 @@ impl Swarm {
         }
         self.flights.advance(&self.receivers);
         bytes
+    }
+
+    /// It comes back at some moment of the second after the one it was told.
+    fn send_away(&mut self, at: usize, seconds: u64) {
+        let connection = &mut self.connections[at];
+        (connection.state, connection.socket) = (State::Closed, None);
+        self.connecting -= 1;
+        self.sent_away += 1;
+        self.later.push((now_us() + seconds * 1_000_000 + at as u64 * 7_919 % 1_000_000, at));
     }
 
     fn deliver(&mut self, at: usize, event: &wire::Event, now_us: u64) {
@@ -302,6 +333,8 @@ impl Swarm {
             self.connections[at].state = State::Subscribing(missing - 1);
             if missing == 1 {
                 self.connections[at].state = State::Live;
+                let took_us = now_us().saturating_sub(self.connections[at].began_us);
+                let _ = self.connect_us.record(took_us);
                 self.connecting -= 1;
                 self.live += 1;
             }

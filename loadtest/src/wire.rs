@@ -118,6 +118,12 @@ pub(crate) fn upgrade(host: &str, path: &str) -> Vec<u8> {
     .into_bytes()
 }
 
+/// The seconds of an HTTP head's `Retry-After`.
+pub(crate) fn retry_after(head: &[u8]) -> Option<u64> {
+    let head = str::from_utf8(head).ok()?.to_ascii_lowercase();
+    head.lines().find_map(|line| line.strip_prefix("retry-after:")?.trim().parse().ok())
+}
+
 /// Splits an HTTP head off: its status, the rest. None: it is not complete.
 pub(crate) fn split_head(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     let end = bytes.windows(4).position(|window| window == b"\r\n\r\n")?;
