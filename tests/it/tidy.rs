@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 const FILE_LINES_MAX: usize = 500;
 
@@ -60,5 +61,18 @@ fn every_metric_moves_and_is_documented() {
     for line in registry.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
         let name = line.split(' ').next().unwrap();
         assert!(readme.contains(&format!("`{name}")), "README.md does not name {name}");
+    }
+}
+
+/// The bugs that `tests/plants/run` plants are ones that this code could have.
+#[test]
+fn planted_bugs_fit_the_code() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let files = fs::read_dir(root.join("tests/plants")).unwrap().map(|entry| entry.unwrap().path());
+    let patches: Vec<_> = files.filter(|path| path.extension().is_some_and(|extension| extension == "patch")).collect();
+    assert!(patches.len() >= 2);
+    for patch in patches {
+        let applied = Command::new("git").args(["apply", "--check"]).arg(&patch).current_dir(root).status().unwrap();
+        assert!(applied.success(), "{} does not apply", patch.display());
     }
 }
