@@ -226,7 +226,8 @@ impl Publishing {
     pub async fn outcome(self) -> Outcome {
         match self {
             Self::Done(cursor) => Ok(cursor),
-            Self::Sent(outcome) => outcome.await.unwrap_or_else(|_| Err(Refusal::unavailable())),
+            // Nobody answers where the gateway ended meanwhile: it may have been sent.
+            Self::Sent(outcome) => outcome.await.unwrap_or_else(|_| Err(Refusal::outcome_unknown())),
         }
     }
 }
