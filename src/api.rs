@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::header::{self, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use percent_encoding::percent_decode_str;
@@ -67,10 +67,9 @@ pub struct Api {
 impl Api {
     /// Answers one request.
     pub async fn handle(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
-        match self.route(request).await {
-            Ok(response) => response,
-            Err(error) => error_response(&error),
-        }
+        let response = self.route(request).await.unwrap_or_else(|error| error_response(&error));
+        self.broker.shared.metrics.answered(response.status());
+        response
     }
 
     async fn route(&self, request: Request<Incoming>) -> Answer {
@@ -176,13 +175,23 @@ impl Api {
         Ok(json_response(StatusCode::OK, &json!({ "results": [published_json(&channel, cursor)] })))
     }
 
-    /// Reads a body within its limits of size and time.
+    /// Reads a body within its limits of size and time; one that says it is too large is not read at all.
     pub(crate) async fn body(&self, request: Request<Incoming>, bytes_max: usize) -> Result<Bytes, ApiError> {
-        let limited = Limited::new(request.into_body(), bytes_max);
+        let too_large = || ErrorCode::TooLarge.with(format!("the body is above {bytes_max} bytes"));
+        if request.body().size_hint().lower() > bytes_max as u64 {
+            return Err(too_large());
+        }
+        let mut body = request.into_body();
+        let limited = Limited::new(&mut body, bytes_max);
         match tokio::time::timeout(self.body_timeout, limited.collect()).await {
             Ok(Ok(body)) => Ok(body.to_bytes()),
             Ok(Err(error)) if error.is::<LengthLimitError>() => {
-                Err(ErrorCode::TooLarge.with(format!("the body is above {bytes_max} bytes")))
+                // What is left of a body that is a little too large is thrown away: with unread input hyper ends the
+                // connection without the answer.
+                let mut rest = Limited::new(body, bytes_max);
+                let discard = async { while let Some(Ok(_)) = rest.frame().await {} };
+                let _ = tokio::time::timeout(self.body_timeout, discard).await;
+                Err(too_large())
             }
             Ok(Err(error)) => Err(ErrorCode::BadRequest.with(format!("the body broke off: {error}"))),
             Err(_) => {

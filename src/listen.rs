@@ -104,6 +104,9 @@ pub async fn internal(listener: TcpListener, api: Arc<Api>, head_timeout: Durati
             let mut builder = http_builder(head_timeout);
             builder.pipeline_flush(true);
             if let Err(error) = builder.serve_connection(TokioIo::new(socket), service).await {
+                if let Some(status) = unreadable(&error) {
+                    api.broker.shared.metrics.answered(status);
+                }
                 debug!(%error, "api connection ended");
             }
         });
@@ -126,6 +129,15 @@ async fn accept(listener: &TcpListener, metrics: &Metrics) -> (TcpStream, Socket
                 pause = (pause * 2).min(ACCEPT_PAUSE_MAX);
             }
         }
+    }
+}
+
+/// What hyper has answered a request by itself: it could not be read.
+fn unreadable(error: &hyper::Error) -> Option<StatusCode> {
+    match (error.is_parse_too_large(), error.is_parse()) {
+        (true, _) => Some(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE),
+        (false, true) => Some(StatusCode::BAD_REQUEST),
+        (false, false) => None,
     }
 }
 
@@ -256,7 +268,12 @@ impl Public {
         match connection.await {
             Ok(()) => {}
             Err(error) if error.is_timeout() => self.metrics().refused(Refused::Timeout),
-            Err(error) => debug!(%error, "connection ended before the upgrade"),
+            Err(error) => {
+                if unreadable(&error).is_some() {
+                    self.metrics().refused(Refused::Handshake);
+                }
+                debug!(%error, "connection ended before the upgrade");
+            }
         }
         let mut accepted = accepted.lock().take()?;
         let parts = (&mut accepted.upgrade).await.ok()?.downcast::<TokioIo<S>>().ok()?;

@@ -4,6 +4,7 @@
 //! gauges that would cost something there are computed when they are scraped. No label carries
 //! anything from outside: the number of series is fixed.
 
+use hyper::StatusCode;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -161,6 +162,10 @@ pub enum Link {
     Registry,
 }
 
+/// The statuses that API answers are counted under; any other one is `other`.
+const STATUSES: [&str; 13] =
+    ["200", "400", "401", "403", "404", "405", "408", "413", "429", "431", "503", "504", "other"];
+
 type Labelled<const N: usize> = [Count; N];
 type Labels = [(&'static str, &'static str); 1];
 
@@ -179,6 +184,9 @@ pub struct Metrics {
     ledger: [Gauge; 2],
     reloads: Labelled<{ Reloaded::LABELS.len() }>,
     reload_failed: [Gauge; Reloaded::LABELS.len()],
+    api_answers: Labelled<{ STATUSES.len() }>,
+    /// Connections that ended with 1011 because their task panicked.
+    pub panics: Count,
     /// Failed `accept` calls.
     pub accept_errors: Count,
     /// Subscriptions, pending ones included.
@@ -248,6 +256,8 @@ impl Default for Metrics {
             ledger: ledger(r),
             reloads: labelled(r, "reloads", "Files read anew since they changed", "file", Reloaded::LABELS),
             reload_failed: reload_failed(r),
+            api_answers: api_answers(r),
+            panics: register(r, "panics", "Connections whose task panicked"),
             accept_errors: register(r, "accept_errors", "Failed accept calls"),
             subscriptions: register(r, "subscriptions", "Subscriptions, pending ones included"),
             channels: register(r, "channels", "Channels with a subscription"),
@@ -333,6 +343,12 @@ impl Metrics {
         self.reload_failed[what as usize].set(i64::from(!is_good));
     }
 
+    /// Counts an answer on the internal listener.
+    pub fn answered(&self, status: StatusCode) {
+        let known = STATUSES.iter().position(|known| *known == status.as_str());
+        self.api_answers[known.unwrap_or(STATUSES.len() - 1)].inc();
+    }
+
     /// Counts a publication that came in.
     pub fn publication(&self, source: Source) {
         self.publications[source as usize].inc();
@@ -411,6 +427,11 @@ fn labelled<const N: usize>(
 fn api_refused(registry: &mut Registry) -> Labelled<3> {
     let reasons = ["no_key", "wrong_key", "no_right"];
     labelled(registry, "api_refused", "API requests refused for their key, by reason", "reason", reasons)
+}
+
+fn api_answers(registry: &mut Registry) -> Labelled<{ STATUSES.len() }> {
+    let help = "Requests answered on the internal listener, by status";
+    labelled(registry, "api_answers", help, "status", STATUSES)
 }
 
 fn dropped(registry: &mut Registry) -> Labelled<7> {

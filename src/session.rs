@@ -7,10 +7,14 @@
 
 use std::cell::RefCell;
 use std::io;
+use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use tracing::debug;
 
 use crate::allowance::{Allowance, Allowances};
 use crate::broker::Broker;
@@ -127,8 +131,27 @@ impl Session {
         }
     }
 
-    /// Serves the connection until it ends.
+    /// Serves the connection until it ends. A panic is the end of this connection alone, and its peer is told.
     pub async fn run(mut self, mode: Mode) -> End {
+        if AssertUnwindSafe(self.serve(mode)).catch_unwind().await.is_err() {
+            self.connection.shared().metrics.panics.inc();
+            self.connection.close(CloseReason::Internal);
+        }
+        // From here on nothing is delivered to this connection.
+        let Self { connection, subscriptions, .. } = self;
+        drop(subscriptions);
+        let is_clean = Box::pin(ending::finish(&connection)).await;
+        let reason = connection.close_reason();
+        debug!(connection = connection.id(), reason = reason.map(CloseReason::label), "disconnected");
+        match reason {
+            Some(CloseReason::Drain) if is_clean => End::Flushed,
+            Some(CloseReason::Drain) => End::CutOff,
+            _ => End::Other,
+        }
+    }
+
+    async fn serve(&mut self, mode: Mode) {
+        debug!(connection = self.connection.id(), remote = %self.connection.remote(), "connected");
         self.start(&mode);
         drop(mode);
         loop {
@@ -149,15 +172,6 @@ impl Session {
                     self.catch_up();
                 }
             }
-        }
-        // From here on nothing is delivered to this connection.
-        let Self { connection, subscriptions, .. } = self;
-        drop(subscriptions);
-        let is_clean = Box::pin(ending::finish(&connection)).await;
-        match connection.close_reason() {
-            Some(CloseReason::Drain) if is_clean => End::Flushed,
-            Some(CloseReason::Drain) => End::CutOff,
-            _ => End::Other,
         }
     }
 

@@ -19,8 +19,13 @@ use tokio::runtime::Runtime;
 use harness::{PATIENCE, Raw, gateway, masked};
 
 #[path = "it/harness.rs"]
-#[allow(dead_code, reason = "this story needs little of it")]
+#[allow(dead_code, unused_imports, reason = "this story needs little of it")]
 mod harness;
+#[path = "it/observe.rs"]
+mod observe;
+#[path = "it/redis_server.rs"]
+#[allow(dead_code, unused_imports, reason = "this story needs none of it")]
+mod redis_server;
 
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;

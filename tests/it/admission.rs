@@ -60,6 +60,7 @@ async fn a_storm_is_served_at_the_rate_and_the_rest_gets_turns() {
     assert!((5..=21).contains(&last), "at two a second the last turn is {last}");
     hears(&gateway, &mut neighbour).await;
     eventually("a turn", async || Client::try_open(&gateway, "/ws", None).await.ok()).await;
+    crate::observe::threat(63, "admitted at the rate, the rest told when to come back");
 }
 
 /// Those who connect and say nothing take no place from those who speak, beyond a bound.
@@ -109,6 +110,7 @@ async fn an_address_that_comes_too_often_is_sent_away_alone() {
     assert_eq!(refused(&gateway, "rate").await, 0.0);
     let mut neighbour = Client::subscribed(&gateway, "news").await;
     hears(&gateway, &mut neighbour).await;
+    crate::observe::threat(61, "an address that comes too often: turned away, the others are not");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -86,14 +86,14 @@ async fn bad_requests_have_their_status() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn api_keys_open_the_api_and_health_needs_none() {
-    let gateway = gateway(&[("HUBCAST_API_KEYS", "first, second")]);
+    let gateway = gateway(&[("HUBCAST_API_KEYS", "canary-first, canary-second")]);
     let keyed = [
         ("", 401),
         ("Authorization: Bearer wrong\r\n", 401),
-        ("Authorization: first\r\n", 401),
+        ("Authorization: canary-first\r\n", 401),
         ("X-API-Key: \r\n", 401),
-        ("Authorization: Bearer first\r\n", 200),
-        ("X-API-Key: second\r\n", 200),
+        ("Authorization: Bearer canary-first\r\n", 200),
+        ("X-API-Key: canary-second\r\n", 200),
     ];
     for (header, status) in keyed {
         assert_eq!(http(&gateway, "POST /api/publish/a", header, b"1").await.status, status, "{header}");
@@ -101,6 +101,7 @@ async fn api_keys_open_the_api_and_health_needs_none() {
     for path in ["/livez", "/readyz", "/metrics"] {
         assert_eq!(http(&gateway, &format!("GET {path}"), "", b"").await.status, 200, "{path}");
     }
+    crate::observe::threat(24, "no key, a wrong one, an empty one: 401; health needs none");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,7 +7,8 @@ use std::process::{Command, Stdio};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::harness::{Process, soon};
+use crate::harness::{Instance, Process, soon};
+use crate::observe;
 
 /// The binary on free ports, started with the given variables.
 pub struct Binary {
@@ -15,20 +16,24 @@ pub struct Binary {
     pub public: SocketAddr,
     pub internal: SocketAddr,
     output: BufReader<std::process::ChildStdout>,
+    log: String,
 }
 
 impl Binary {
     /// Starts it with a limit of open files.
     pub fn start(files_max: u32, env: &[(&str, &str)]) -> Self {
+        let log = format!("gateway-{:016x}.log", rand::random::<u64>());
         let mut child = Command::new("sh")
             .args(["-c", &format!("ulimit -n {files_max}; exec \"$0\""), env!("CARGO_BIN_EXE_hubcast")])
             .envs([
                 ("HUBCAST_LISTEN", "127.0.0.1:0"),
                 ("HUBCAST_INTERNAL_LISTEN", "127.0.0.1:0"),
-                ("HUBCAST_LOG", "warn"),
+                ("HUBCAST_LOG", "hubcast=debug"),
+                ("HUBCAST_LOG_FORMAT", "json"),
             ])
             .envs(env.iter().copied())
             .stdout(Stdio::piped())
+            .stderr(observe::file(&log))
             .spawn()
             .expect("the binary is built");
         let mut output = BufReader::new(child.stdout.take().expect("its output is piped"));
@@ -40,7 +45,12 @@ impl Binary {
             public = public.or_else(|| addr_after("ws://"));
             internal = internal.or_else(|| addr_after("http://"));
         }
-        Self { process: Process(child), public: public.unwrap(), internal: internal.unwrap(), output }
+        Self { process: Process(child), public: public.unwrap(), internal: internal.unwrap(), output, log }
+    }
+
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(observe::run_directory().join(&self.log)).expect("the log is there")
     }
 
     /// Waits for the end; gives the exit status and the rest of the output.
@@ -51,6 +61,16 @@ impl Binary {
             (self.process.0.wait().unwrap(), rest)
         });
         soon("the end of the process", ended).await.unwrap()
+    }
+}
+
+impl Instance for Binary {
+    fn public(&self) -> SocketAddr {
+        self.public
+    }
+
+    fn internal(&self) -> SocketAddr {
+        self.internal
     }
 }
 

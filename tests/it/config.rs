@@ -110,6 +110,7 @@ fn an_open_internal_listener_must_be_said_explicitly() {
     assert!(load(&[open]).unwrap_err().contains("HUBCAST_INSECURE_INTERNAL=true"));
     assert!(load(&[open, ("HUBCAST_API_KEYS", "secret")]).is_ok());
     assert!(load(&[open, ("HUBCAST_INSECURE_INTERNAL", "true")]).is_ok());
+    crate::observe::threat(25, "an internal listener off loopback without keys: the start is refused");
 }
 
 #[test]

@@ -125,6 +125,7 @@ async fn a_rolling_deploy_moves_everybody_who_miss_nothing_and_presence_says_not
     all_here().await;
     // After all joins, in the channel's order.
     publish(&observer, "c", b"\"settled\"").await;
+    let began = std::time::Instant::now();
     for _ in 0..INSTANCES {
         let new = start(&redis);
         fleet.lock().push(new.public);
@@ -146,6 +147,12 @@ async fn a_rolling_deploy_moves_everybody_who_miss_nothing_and_presence_says_not
     assert!(moves >= USERS, "each instance was replaced, and its users moved: {moves}");
     let left = http(&observer, "GET /api/instances", "", b"").await.json();
     assert_eq!(left["instances"].as_array().unwrap().len(), INSTANCES + 1);
+    crate::observe::fault(
+        "rolling deploy",
+        None,
+        began.elapsed(),
+        "three instances replaced in turn: every client has every number",
+    );
 }
 
 /// A newer build writes more into its records, and asks what this one does not know.
@@ -160,6 +167,7 @@ async fn an_instance_of_another_build_is_listed_and_harms_nobody() {
         (answer.status == 200 && answer.json()["instances"].as_array()?.len() == 1).then_some(())
     })
     .await;
+    let began = std::time::Instant::now();
     let record = json!({"v": 2, "connections": 7, "started_at_ms": 1, "version": "9.0.0", "zone": {"name": "b"}});
     redis.command(&["SET", "ws:instance:newer", &record.to_string()]).await;
     redis.command(&["SADD", "ws:instances", "newer"]).await;
@@ -181,4 +189,10 @@ async fn an_instance_of_another_build_is_listed_and_harms_nobody() {
     assert_eq!((answer["connections"].as_array().unwrap().len(), &answer["unreachable"]), (1, &json!(["newer"])));
     redis.command(&["PUBLISH", "hub:c", "1"]).await;
     client.expect(&json!({"type": "event", "channel": "c", "data": 1})).await;
+    crate::observe::fault(
+        "instance of another build",
+        None,
+        began.elapsed(),
+        "records and questions of a newer build: listed, ignored, named",
+    );
 }

@@ -59,7 +59,9 @@ async fn a_sentinel_failover_costs_a_gap_and_no_client() {
     }
     let old = sentinels.kill_primary().await;
     let new = sentinels.await_failover(old).await;
+    let decided = std::time::Instant::now();
     await_repair(&mut sentinels, new, 2).await;
+    let followed = decided.elapsed();
     publish_at_last(&gateways[1], "c", b"2").await;
     for client in &mut clients {
         expect_repaired(client, "c", 2).await;
@@ -75,6 +77,12 @@ async fn a_sentinel_failover_costs_a_gap_and_no_client() {
         assert_eq!(http(gateway, "GET /api/instances", "", b"").await.json()["instances"].as_array().unwrap().len(), 2);
         assert_eq!(metric(gateway, "hubcast_connections").await, 1.0);
     }
+    crate::observe::fault(
+        "redis failover (sentinel)",
+        Some(followed),
+        followed,
+        "both instances follow, clients stay and are told a gap",
+    );
 }
 
 /// Its connections stay open, so only the sentinels tell.
@@ -150,20 +158,30 @@ async fn a_partition_is_noticed_and_healed_and_harms_only_who_is_cut_off() {
     let mut clients = [Client::subscribed(&cut_off, "c").await, Client::subscribed(&other, "c").await];
     for (round, is_silent) in [(1, true), (2, false)] {
         // Silent: packets vanish and connections stay. Otherwise they are refused.
+        let began = std::time::Instant::now();
         if is_silent {
             proxy.freeze()
         } else {
             proxy.cut().await
         }
         await_metric(&cut_off, r#"hubcast_redis_link_up{link="subscribe"}"#, 0.0).await;
+        let noticed = began.elapsed();
         assert_eq!(http(&cut_off, "GET /readyz", "", b"").await.status, 503);
         publish(&other, "c", round.to_string().as_bytes()).await;
         clients[1].expect(&json!({"type": "event", "channel": "c", "data": round})).await;
         let status = http(&cut_off, "POST /api/publish/c", "", b"0").await.status;
         assert!(matches!(status, 503 | 504), "{status}: not sent, or not known");
         proxy.heal().await;
+        let healed = std::time::Instant::now();
         ready(&cut_off).await;
         clients[0].expect(&json!({"type": "gap", "channel": "c", "reason": "upstream"})).await;
+        let name = if is_silent { "partition to redis, silent" } else { "partition to redis, refused" };
+        crate::observe::fault(
+            name,
+            Some(noticed),
+            healed.elapsed(),
+            "probes each 200 ms; 503 meanwhile, the other instance goes on",
+        );
         publish(&cut_off, "c", b"9").await;
         for client in &mut clients {
             eventually("the new one", async || (client.json().await["data"] == 9).then_some(())).await;
@@ -185,9 +203,11 @@ async fn thirty_seconds_of_a_frozen_redis_cost_a_gap() {
     ready(&gateway).await;
     let mut client = Client::subscribed(&gateway, "c").await;
     redis.freeze();
+    let frozen = std::time::Instant::now();
     let thaw = tokio::time::sleep(FROZEN);
     assert_eq!(http(&gateway, "POST /api/publish/c", "", b"0").await.status, 504, "the outcome is unknown");
     await_metric(&gateway, r#"hubcast_redis_link_up{link="subscribe"}"#, 0.0).await;
+    let noticed = frozen.elapsed();
     assert_eq!(http(&gateway, "GET /readyz", "", b"").await.status, 503);
     client.send(&json!({"type": "ping"})).await;
     client.expect(&json!({"type": "pong"})).await;
@@ -195,10 +215,17 @@ async fn thirty_seconds_of_a_frozen_redis_cost_a_gap() {
     late.send(&json!({"type": "subscribe", "channel": "c"})).await;
     thaw.await;
     redis.thaw();
+    let thawed = std::time::Instant::now();
     client.expect(&json!({"type": "gap", "channel": "c", "reason": "upstream"})).await;
     late.expect(&json!({"type": "subscribed", "channel": "c"})).await;
     publish_at_last(&gateway, "c", b"1").await;
     for client in [&mut client, &mut late] {
         client.expect(&json!({"type": "event", "channel": "c", "data": 1})).await;
     }
+    crate::observe::fault(
+        "redis frozen 30 s",
+        Some(noticed),
+        thawed.elapsed(),
+        "504, sockets go on; told a gap, subscribed, and the next publish arrives",
+    );
 }

@@ -199,6 +199,7 @@ async fn whatever_fails_nothing_is_lost_in_silence() {
     for instance in &world.instances {
         instance.ready().await;
     }
+    let began = std::time::Instant::now();
     let until = Instant::now() + Duration::from_secs(seconds);
     let mut verify = verify(&world, seed, seconds);
     let mut faults = Vec::new();
@@ -223,4 +224,10 @@ async fn whatever_fails_nothing_is_lost_in_silence() {
         assert!(world.redis.query::<i64>(&["PTTL", &key]).await.expect("redis is there") > 0, "{key} stays for ever");
     }
     println!("{faults:#?}\n{report}");
+    crate::observe::fault(
+        "all faults mixed under load",
+        None,
+        began.elapsed(),
+        &format!("{} faults from seed {seed}: verify found nothing lost in silence", faults.len()),
+    );
 }

@@ -1,7 +1,8 @@
 //! A little world: gateways on free ports, clients nobody here wrote, raw sockets, a real Redis.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
@@ -13,6 +14,9 @@ use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+
+use crate::observe;
+pub use crate::redis_server::Redis;
 
 /// Longer than anything takes here, shorter than anybody waits.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -39,6 +43,41 @@ pub async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>
     .await
 }
 
+/// Where a gateway listens, whether it is in this process or another.
+pub trait Instance {
+    fn public(&self) -> SocketAddr;
+    fn internal(&self) -> SocketAddr;
+}
+
+impl Instance for Gateway {
+    fn public(&self) -> SocketAddr {
+        self.addr()
+    }
+
+    fn internal(&self) -> SocketAddr {
+        self.internal_addr()
+    }
+}
+
+impl<T: Instance> Instance for Arc<T> {
+    fn public(&self) -> SocketAddr {
+        T::public(self)
+    }
+
+    fn internal(&self) -> SocketAddr {
+        T::internal(self)
+    }
+}
+
+/// What gateways of this process log goes to a file of the run, which `tests/verification.rs` reads.
+fn start_log() {
+    static STARTED: std::sync::Once = std::sync::Once::new();
+    STARTED.call_once(|| {
+        let file = std::sync::Mutex::new(observe::file("it.log"));
+        tracing_subscriber::fmt().json().with_env_filter("hubcast=debug").with_writer(file).init();
+    });
+}
+
 /// A gateway of this process with the given variables, on free ports. Dropping it ends it.
 pub fn gateway(env: &[(&str, &str)]) -> Gateway {
     gateway_with(env, |_| {})
@@ -46,6 +85,7 @@ pub fn gateway(env: &[(&str, &str)]) -> Gateway {
 
 /// As [`gateway`], with a hand on what is not a variable.
 pub fn gateway_with(env: &[(&str, &str)], adjust: impl FnOnce(&mut Config)) -> Gateway {
+    start_log();
     let free = [("HUBCAST_LISTEN", "127.0.0.1:0"), ("HUBCAST_INTERNAL_LISTEN", "127.0.0.1:0")];
     let env = free.iter().chain(env).map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
     let mut config = Config::from_env(env).expect("the test's configuration is valid");
@@ -54,7 +94,7 @@ pub fn gateway_with(env: &[(&str, &str)], adjust: impl FnOnce(&mut Config)) -> G
 }
 
 /// Waits until the gateway is ready.
-pub async fn ready(gateway: &Gateway) {
+pub async fn ready(gateway: &impl Instance) {
     eventually("the gateway to be ready", async || {
         (http(gateway, "GET /readyz", "", b"").await.status == 200).then_some(())
     })
@@ -68,7 +108,7 @@ pub struct Client {
 
 impl Client {
     /// Connects and takes the welcome.
-    pub async fn connect(gateway: &Gateway) -> Self {
+    pub async fn connect(gateway: &impl Instance) -> Self {
         let mut client = Self::open(gateway, "/ws", None).await;
         let welcome = client.json().await;
         assert_eq!(welcome["type"], "welcome", "{welcome}");
@@ -76,7 +116,7 @@ impl Client {
     }
 
     /// Connects, subscribes to one channel, and waits until that is confirmed.
-    pub async fn subscribed(gateway: &Gateway, channel: &str) -> Self {
+    pub async fn subscribed(gateway: &impl Instance, channel: &str) -> Self {
         let mut client = Self::connect(gateway).await;
         client.send(&json!({"type": "subscribe", "channel": channel})).await;
         client.expect(&json!({"type": "subscribed", "channel": channel})).await;
@@ -84,17 +124,17 @@ impl Client {
     }
 
     /// Connects to any path, with any subprotocols.
-    pub async fn open(gateway: &Gateway, path: &str, subprotocol: Option<&str>) -> Self {
+    pub async fn open(gateway: &impl Instance, path: &str, subprotocol: Option<&str>) -> Self {
         Self::try_open(gateway, path, subprotocol).await.expect("the handshake succeeds")
     }
 
     /// As [`Client::open`], for handshakes that may fail.
     pub async fn try_open(
-        gateway: &Gateway,
+        gateway: &impl Instance,
         path: &str,
         subprotocol: Option<&str>,
     ) -> Result<Self, tokio_tungstenite::tungstenite::Error> {
-        Self::try_open_at(gateway.addr(), path, subprotocol).await
+        Self::try_open_at(gateway.public(), path, subprotocol).await
     }
 
     /// As [`Client::try_open`], for gateways that are processes of their own.
@@ -196,12 +236,12 @@ pub const HANDSHAKE: &str = "Host: test\r\nConnection: Upgrade\r\nUpgrade: webso
     Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
 
 impl Raw {
-    pub async fn connect(gateway: &Gateway) -> Self {
-        Self { socket: TcpStream::connect(gateway.addr()).await.expect("the listener is there") }
+    pub async fn connect(gateway: &impl Instance) -> Self {
+        Self { socket: TcpStream::connect(gateway.public()).await.expect("the listener is there") }
     }
 
     /// Upgrades `path`; `behind` is sent in the same write as the request.
-    pub async fn upgrade(gateway: &Gateway, path: &str, behind: &[u8]) -> Self {
+    pub async fn upgrade(gateway: &impl Instance, path: &str, behind: &[u8]) -> Self {
         let mut raw = Self::connect(gateway).await;
         let mut request = format!("GET {path} HTTP/1.1\r\n{HANDSHAKE}").into_bytes();
         request.extend_from_slice(behind);
@@ -292,8 +332,8 @@ impl HttpAnswer {
 }
 
 /// One request to the internal listener, on a connection of its own.
-pub async fn http(gateway: &Gateway, request_line: &str, headers: &str, body: &[u8]) -> HttpAnswer {
-    let mut socket = TcpStream::connect(gateway.internal_addr()).await.expect("the listener is there");
+pub async fn http(gateway: &impl Instance, request_line: &str, headers: &str, body: &[u8]) -> HttpAnswer {
+    let mut socket = TcpStream::connect(gateway.internal()).await.expect("the listener is there");
     let head = format!(
         "{request_line} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n{headers}Content-Length: {}\r\n\r\n",
         body.len()
@@ -313,20 +353,20 @@ pub async fn http(gateway: &Gateway, request_line: &str, headers: &str, body: &[
 }
 
 /// Publishes by HTTP and expects success.
-pub async fn publish(gateway: &Gateway, channel: &str, payload: &[u8]) {
+pub async fn publish(gateway: &impl Instance, channel: &str, payload: &[u8]) {
     let answer = http(gateway, &format!("POST /api/publish/{channel}"), "", payload).await;
     assert_eq!(answer.status, 200, "{answer:?}");
 }
 
 /// The value of one series of `/metrics`.
-pub async fn metric(gateway: &Gateway, series: &str) -> f64 {
+pub async fn metric(gateway: &impl Instance, series: &str) -> f64 {
     let answer = http(gateway, "GET /metrics", "", b"").await;
     let value = answer.body.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok());
     value.unwrap_or_else(|| panic!("no {series} in\n{}", answer.body))
 }
 
 /// Waits until a series has a value.
-pub async fn await_metric(gateway: &Gateway, series: &str, expected: f64) {
+pub async fn await_metric(gateway: &impl Instance, series: &str, expected: f64) {
     eventually(&format!("{series} {expected}"), async || (metric(gateway, series).await == expected).then_some(()))
         .await;
 }
@@ -374,104 +414,5 @@ impl Port {
 
     pub fn addr(&self) -> SocketAddr {
         (Ipv4Addr::LOCALHOST, self.number).into()
-    }
-}
-
-/// A real `redis-server` on a free port.
-pub struct Redis {
-    port: Port,
-    /// What its own commands log in with, as in a URL: nothing or `user:password@`.
-    credentials: String,
-    arguments: Vec<String>,
-    process: Option<Process>,
-}
-
-impl Redis {
-    /// Starts one and waits until it answers.
-    pub async fn start() -> Self {
-        let mut redis = Self::reserve();
-        redis.restart().await;
-        redis
-    }
-
-    /// A port without a server, for now.
-    pub fn reserve() -> Self {
-        Self::reserve_with("", &[])
-    }
-
-    /// As [`Redis::reserve`], for a server with more arguments.
-    pub fn reserve_with(credentials: &str, arguments: &[&str]) -> Self {
-        let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-        Self { port: Port::claim(), credentials: credentials.to_owned(), arguments, process: None }
-    }
-
-    pub fn addr(&self) -> SocketAddr {
-        self.port.addr()
-    }
-
-    pub fn url(&self) -> String {
-        format!("redis://{}{}/", self.credentials, self.addr())
-    }
-
-    /// Starts the server on the same port, empty.
-    pub async fn restart(&mut self) {
-        let child = Command::new("redis-server")
-            .args([
-                "--port",
-                &self.addr().port().to_string(),
-                "--bind",
-                "127.0.0.1",
-                "--save",
-                "",
-                "--appendonly",
-                "no",
-            ])
-            .args(["--dir", &std::env::temp_dir().to_string_lossy()])
-            .args(&self.arguments)
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("redis-server is installed (.ci/run installs it)");
-        self.process = Some(Process(child));
-        eventually("redis to answer", async || self.try_command(&["PING"]).await).await;
-    }
-
-    /// Ends it as `kill -9` does.
-    pub fn kill(&mut self) {
-        self.process = None;
-    }
-
-    pub fn freeze(&self) {
-        self.process.as_ref().expect("it runs").signal(rustix::process::Signal::STOP);
-    }
-
-    pub fn thaw(&self) {
-        self.process.as_ref().expect("it runs").signal(rustix::process::Signal::CONT);
-    }
-
-    /// Runs one command, and gives the raw reply.
-    pub async fn command(&self, arguments: &[&str]) -> redis::Value {
-        soon("redis to answer", self.try_command(arguments)).await.expect("redis takes the command")
-    }
-
-    async fn try_command(&self, arguments: &[&str]) -> Option<redis::Value> {
-        self.query(arguments).await.ok()
-    }
-
-    /// Runs one command, and gives what it comes to.
-    pub async fn query<T: redis::FromRedisValue>(&self, arguments: &[&str]) -> redis::RedisResult<T> {
-        let client = redis::Client::open(self.url())?;
-        let mut connection = client.get_multiplexed_async_connection().await?;
-        redis::cmd(arguments[0]).arg(&arguments[1..]).query_async(&mut connection).await
-    }
-
-    /// How many clients of Redis are subscribed to a channel.
-    pub async fn numsub(&self, channel: &str) -> i64 {
-        match self.command(&["PUBSUB", "NUMSUB", channel]).await {
-            redis::Value::Array(reply) => match reply.as_slice() {
-                [_, redis::Value::Int(number)] => *number,
-                other => panic!("{other:?}"),
-            },
-            other => panic!("{other:?}"),
-        }
     }
 }

@@ -75,4 +75,5 @@ async fn a_full_house_leaves_room_for_the_api() {
     }
     assert!(statuses[..PLACES].iter().all(|status| status == "101"), "{statuses:?}");
     assert!(statuses[PLACES..].iter().all(|status| status == "503"), "{statuses:?}");
+    crate::observe::threat(62, "four times as many sockets as places: 503 above them, the API answers");
 }

@@ -9,9 +9,11 @@
 
 mod binary;
 mod harness;
+mod observe;
 mod proxy;
 mod redis_cluster;
 mod redis_node;
+mod redis_server;
 mod sentinels;
 mod tls_redis;
 
@@ -55,3 +57,6 @@ mod slow_policies;
 mod tidy;
 mod tls;
 mod websocket;
+
+mod fuzz;
+mod hostile;

@@ -136,6 +136,7 @@ async fn a_page_of_somebody_else_is_turned_away() {
     publish(&gateway, "news", b"1").await;
     assert_eq!(neighbour.json().await["data"], 1);
     assert_eq!(metric(&gateway, "hubcast_connections_opened_total").await, 2.0);
+    crate::observe::threat(12, "an origin that is not listed: 403 before the upgrade, counted; a neighbour receives");
 }
 
 /// What the README says to paste into any page's console works as the gateway starts, without configuration.
@@ -153,4 +154,8 @@ async fn any_page_without_cookies_connects_to_a_gateway_without_a_list() {
         let head = page.head().await;
         assert_eq!(head.split(' ').nth(1), Some(status), "{origin} {cookies}\n{head}");
     }
+    crate::observe::threat(
+        13,
+        "no list: without cookies 101, a foreign page with cookies 403; every client of these tests sends no Origin: 101",
+    );
 }

@@ -75,10 +75,12 @@ async fn a_redis_that_comes_back_as_it_was_costs_no_gap() {
     expect_all(&mut client, &published(&here, 0..3).await).await;
     durable.redis.kill();
     durable.redis.restart().await;
+    let back = std::time::Instant::now();
     let next = publish_when_it_can(&here, 3).await;
     client.expect(&event(&next, 3)).await;
     assert_eq!(metric(&there, "hubcast_gaps_total").await, 0.0);
     assert_eq!(metric(&there, "hubcast_history_breaks_total").await, 0.0);
+    crate::observe::fault("redis comes back as it was", None, back.elapsed(), "the next event follows, no gap");
 }
 
 #[tokio::test]
@@ -102,11 +104,18 @@ async fn what_was_published_while_nobody_listened_is_repaired() {
     let redis = Redis::start().await;
     let (here, there) = (instance(&redis.url()).await, instance(&redis.url()).await);
     let (mut client, _) = subscribe(&there, CHANNEL, None).await;
+    let began = std::time::Instant::now();
     for round in 0..5 {
         redis.command(&["CLIENT", "KILL", "TYPE", "PUBSUB"]).await;
         expect_all(&mut client, &published(&here, round * 4..round * 4 + 4).await).await;
     }
     assert_eq!(metric(&there, "hubcast_gaps_total").await, 0.0);
+    crate::observe::fault(
+        "listening links killed",
+        None,
+        began.elapsed(),
+        "five times in a row, with publishes right behind: all repaired, no gap",
+    );
 }
 
 /// While the link is cut more is published than the history keeps.
@@ -142,9 +151,16 @@ async fn a_redis_that_comes_back_older_is_a_told_gap_and_a_mark_for_those_who_we
 
     durable.redis.kill();
     durable.redis.restart().await;
+    let back = std::time::Instant::now();
     let gap = stayed.json().await;
     assert_eq!(gap, json!({"type": "gap", "channel": CHANNEL, "after": lost[2].0, "reason": "upstream"}));
     await_metric(&there, "hubcast_history_breaks_total", 1.0).await;
+    crate::observe::fault(
+        "redis comes back older",
+        Some(back.elapsed()),
+        back.elapsed(),
+        "those connected and those away are told where it broke",
+    );
     let next = publish_when_it_can(&here, 6).await;
     stayed.expect(&event(&next, 6)).await;
 

@@ -141,6 +141,7 @@ async fn churn_leaves_nothing_behind_at_redis() {
     for channel in 0..CHANNELS {
         assert_eq!(redis.numsub(&format!("hub:c{channel}")).await, 0);
     }
+    crate::observe::threat(48, "churn of many clients: no channel is left, here and at Redis");
 }
 
 /// A publish that starts after `subscribed` was seen is never lost, whatever else comes and goes.
@@ -229,6 +230,7 @@ async fn redis_may_come_after_the_gateway() {
     client.expect(&json!({"type": "subscribed", "channel": "c", "id": 1})).await;
     client.expect(&json!({"type": "subscribed", "channel": "c", "id": 3})).await;
     assert!(back.elapsed() < REPAIR_TIME, "live after {:?}", back.elapsed());
+    crate::observe::fault("redis down at start", None, back.elapsed(), "503 meanwhile; live without a restart");
     ready(&gateway).await;
     publish(&gateway, "c", b"2").await;
     client.expect(&json!({"type": "event", "channel": "c", "data": 2})).await;
@@ -250,10 +252,12 @@ async fn a_killed_redis_closes_nobody_and_everybody_is_told_the_gap() {
     }
     for outage in 1..=2 {
         redis.kill();
+        let killed = Instant::now();
         eventually("the loss is noticed", async || {
             (http(&gateway, "GET /readyz", "", b"").await.status == 503).then_some(())
         })
         .await;
+        let noticed = killed.elapsed();
         let answer = http(&gateway, "POST /api/publish/c", "", b"1").await;
         assert_eq!(answer.status, 503, "{answer:?}");
         // Local work goes on.
@@ -272,6 +276,12 @@ async fn a_killed_redis_closes_nobody_and_everybody_is_told_the_gap() {
             assert_eq!((&gap["type"], &gap["reason"]), (&json!("gap"), &json!("upstream")));
         }
         assert!(back.elapsed() < REPAIR_TIME, "repaired after {:?}", back.elapsed());
+        crate::observe::fault(
+            "redis restart",
+            Some(noticed),
+            back.elapsed(),
+            "1,201 channels live again and told a gap; nobody closed",
+        );
         ready(&gateway).await;
         publish(&gateway, "c", b"\"after\"").await;
         for client in clients.iter_mut().chain([&mut newcomer]) {

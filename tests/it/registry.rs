@@ -97,6 +97,7 @@ async fn what_a_killed_instance_left_is_swept_up_by_another() {
     let id = all.await["instance_id"].as_str().unwrap().to_owned();
     eventually("its connections", async || (keys(&redis).await.len() >= 20 + 5).then_some(())).await;
     killed.process.signal(rustix::process::Signal::KILL);
+    let began = std::time::Instant::now();
     // The rest of its lease is over at once.
     redis.command(&["DEL", &format!("ws:instance:{id}")]).await;
     let left = survivors.each_ref().map(|gateway| gateway.broker().shared.instance_id.to_string());
@@ -104,6 +105,12 @@ async fn what_a_killed_instance_left_is_swept_up_by_another() {
     expected.dedup();
     await_keys(&redis, "what it left to be gone", &expected).await;
     assert_eq!(instances(&survivors[1]).await.len(), 2);
+    crate::observe::fault(
+        "instance killed",
+        None,
+        began.elapsed(),
+        "its 20 connections leave the registry, its lease being over",
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

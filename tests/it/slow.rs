@@ -101,6 +101,7 @@ async fn a_stalled_reader_is_closed_and_moves_nobody_elses_latency() {
     let payload = format!("\"{}\"", "x".repeat(8_000));
     let quiet = latencies(&gateway, READERS, &payload, MESSAGES).await;
 
+    let began = Instant::now();
     let mut stalled = Raw::connect(&gateway).await;
     SockRef::from(&stalled.socket).set_recv_buffer_size(4096).unwrap();
     stalled.send(format!("GET /ws?channels=c HTTP/1.1\r\n{}", HANDSHAKE).as_bytes()).await;
@@ -108,9 +109,11 @@ async fn a_stalled_reader_is_closed_and_moves_nobody_elses_latency() {
     let with_stalled = latencies(&gateway, READERS, &payload, MESSAGES).await;
 
     await_metric(&gateway, r#"hubcast_connections_closed_total{reason="slow_consumer"}"#, 1.0).await;
+    crate::observe::fault("client never reads", None, began.elapsed(), "4 s of load to 500 others; 4101, counted");
     assert!(metric(&gateway, r#"hubcast_dropped_total{reason="slow_consumer"}"#).await > 0.0);
     let limit = quiet * 2 + Duration::from_millis(20);
     assert!(with_stalled < limit, "p99 went from {quiet:?} to {with_stalled:?}");
+    crate::observe::threat(59, "4101, counted; the 99th percentile of the others stays");
 }
 
 /// The 99th percentile of the time from a publish to its arrival, over all readers.
@@ -186,8 +189,11 @@ async fn an_old_unsent_frame_makes_a_slow_consumer() {
             break;
         }
     }
+    let began = Instant::now();
     await_metric(&gateway, r#"hubcast_connections_closed_total{reason="slow_consumer"}"#, 1.0).await;
     await_metric(&gateway, "hubcast_connections", 0.0).await;
+    crate::observe::threat(60, "4101 by age, on a channel that never fills a bound");
+    crate::observe::fault("client reads 1 byte a second", None, began.elapsed(), "4101 at a write timeout of 400 ms");
 }
 
 /// The write deadline counts from the last refusal, not from the last message: quiet connections live.

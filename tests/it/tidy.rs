@@ -23,7 +23,16 @@ fn sources(dirs: &[&str]) -> Vec<(PathBuf, String)> {
 
 #[test]
 fn files_are_short_and_say_what_they_own() {
-    for (path, text) in sources(&["src", "loadtest/src", "loadtest/src/verify", "tests", "tests/it", "benches"]) {
+    for (path, text) in sources(&[
+        "src",
+        "loadtest/src",
+        "loadtest/src/verify",
+        "tests",
+        "tests/it",
+        "tests/it/hostile",
+        "fuzz",
+        "benches",
+    ]) {
         assert!(text.starts_with("//! "), "{} has no header", path.display());
         assert!(text.lines().count() <= FILE_LINES_MAX, "{} is too long", path.display());
         for word in ["TO\u{44}O", "FIX\u{4d}E", "XX\u{58}"] {

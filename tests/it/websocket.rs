@@ -2,64 +2,11 @@
 
 use hubcast::close::CloseReason;
 use hubcast::websocket::{Message, Parser};
-use serde_json::json;
 
-use crate::harness::{Client, HANDSHAKE, Raw, RawFrame, gateway, masked, metric, publish};
+use crate::harness::{Raw, RawFrame, gateway, masked};
 
 const PING: &str = r#"{"type":"ping"}"#;
 const PONG: &[u8] = br#"{"type":"pong"}"#;
-
-/// Each violation closes its connection with the right code and a reason, and harms nobody else.
-#[tokio::test(flavor = "multi_thread")]
-async fn violations_are_closed_with_their_code() {
-    let gateway = gateway(&[("HUBCAST_MESSAGE_BYTES_MAX", "1000")]);
-    let mut neighbour = Client::subscribed(&gateway, "c").await;
-    let unmasked = [&[0x81, PING.len() as u8][..], PING.as_bytes()].concat();
-    let long_form = |len: u16| [&[0x81, 0x80 | 126][..], &len.to_be_bytes(), &[0; 4]].concat();
-    let longest_form = |len: u64| [&[0x81, 0x80 | 127][..], &len.to_be_bytes(), &[0; 4]].concat();
-    let close = |payload: &[u8]| masked(0x88, payload);
-    let cases: Vec<(&str, Vec<u8>, u16)> = vec![
-        ("unmasked", unmasked, 1002),
-        ("RSV1", masked(0xC1, PING.as_bytes()), 1002),
-        ("RSV2", masked(0xA1, PING.as_bytes()), 1002),
-        ("RSV3", masked(0x91, PING.as_bytes()), 1002),
-        ("reserved data opcode", masked(0x83, b""), 1002),
-        ("reserved control opcode", masked(0x8B, b""), 1002),
-        ("fragmented ping", masked(0x09, b""), 1002),
-        ("ping of 126 bytes, header only", vec![0x89, 0x80 | 126], 1002),
-        ("close of 126 bytes, header only", vec![0x88, 0x80 | 126], 1002),
-        ("continuation of nothing", masked(0x80, b"x"), 1002),
-        ("message inside a message", [masked(0x01, b"["), masked(0x81, b"1")].concat(), 1002),
-        ("16-bit length for 125", long_form(125), 1002),
-        ("64-bit length for 65535", longest_form(65_535), 1002),
-        ("64-bit length with the top bit", longest_form(1 << 63), 1002),
-        ("2^62 bytes declared", longest_form(1 << 62), 1009),
-        ("one byte too many", masked(0x81, &[b' '; 1001]), 1009),
-        ("one byte too many in fragments", [masked(0x01, &[b' '; 600]), masked(0x80, &[b' '; 401])].concat(), 1009),
-        ("not UTF-8", masked(0x81, b"\xff"), 1007),
-        ("not UTF-8 at the end", masked(0x81, b"\"\xe2\x82"), 1007),
-        ("not UTF-8 in the second fragment", [masked(0x01, b"\xe2"), masked(0x00, b"\x28")].concat(), 1007),
-        ("binary", masked(0x82, b"{}"), 1003),
-        ("close of one byte", close(b"\x03"), 1002),
-        ("close reason not UTF-8", close(b"\x03\xe8\xff"), 1007),
-    ];
-    for (what, bytes, code) in cases {
-        let mut raw = Raw::upgrade(&gateway, "/ws", b"").await;
-        raw.send(&bytes).await;
-        let (closed_with, reason) = raw.close_frame().await;
-        assert_eq!(closed_with, code, "{what}");
-        assert!(!reason.is_empty(), "{what}: a close of ours carries a reason");
-        assert_eq!(raw.frame().await, None, "{what}: nothing follows our close frame");
-    }
-    for code in [0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65_535_u16] {
-        let mut raw = Raw::upgrade(&gateway, "/ws", b"").await;
-        raw.send(&close(&code.to_be_bytes())).await;
-        assert_eq!(raw.close_frame().await.0, 1002, "close code {code}");
-    }
-    publish(&gateway, "c", b"1").await;
-    neighbour.expect(&json!({"type": "event", "channel": "c", "data": 1})).await;
-    assert_eq!(metric(&gateway, "hubcast_connections").await, 1.0);
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn close_codes_of_the_client_are_echoed() {
@@ -109,32 +56,6 @@ async fn bytes_right_behind_the_upgrade_request_are_not_lost() {
     assert_eq!(raw.frame().await.unwrap().payload, PONG);
     raw.send(&masked(0x81, PING.as_bytes())[9..]).await;
     assert_eq!(raw.frame().await.unwrap().payload, PONG);
-}
-
-/// A handshake that is refused must not leave a connection on which the rest is read as frames or HTTP.
-#[tokio::test(flavor = "multi_thread")]
-async fn handshakes_are_checked_before_the_upgrade() {
-    let gateway = gateway(&[]);
-    let cases = [
-        (format!("GET /nowhere HTTP/1.1\r\n{HANDSHAKE}"), "404"),
-        (format!("GET /metrics HTTP/1.1\r\n{HANDSHAKE}"), "404"),
-        (format!("GET /echo HTTP/1.1\r\n{HANDSHAKE}"), "404"),
-        (format!("POST /ws HTTP/1.1\r\n{HANDSHAKE}"), "405"),
-        ("GET /ws HTTP/1.1\r\nHost: test\r\n\r\n".into(), "426"),
-        (format!("GET /ws HTTP/1.1\r\n{}", HANDSHAKE.replace("Version: 13", "Version: 8")), "426"),
-        (format!("GET /ws HTTP/1.1\r\n{}", HANDSHAKE.replace("dGhlIHNhbXBsZSBub25jZQ==", "short")), "400"),
-        (format!("GET /ws HTTP/1.1\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{HANDSHAKE}"), "400"),
-        ("GET /ws HTTP/1.0\r\nHost: test\r\n\r\n".into(), "400"),
-        (format!("GET /ws HTTP/1.1\r\nX-Long: {}\r\n{HANDSHAKE}", "x".repeat(100_000)), "431"),
-        (format!("GET /ws HTTP/1.1\r\n{}{HANDSHAKE}", "X-Many: x\r\n".repeat(2_000)), "431"),
-    ];
-    for (request, status) in cases {
-        let mut raw = Raw::connect(&gateway).await;
-        raw.send(request.as_bytes()).await;
-        let head = raw.head().await;
-        assert_eq!(head.split(' ').nth(1), Some(status), "{request:.80}\n{head}");
-    }
-    assert_eq!(metric(&gateway, "hubcast_connections_opened_total").await, 0.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

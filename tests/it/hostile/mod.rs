@@ -1,0 +1,7 @@
+//! Every row of the threat table (`tests/threats.tsv`): the answer, and that it harmed nobody else.
+
+mod frames;
+mod http;
+mod names;
+mod panic;
+pub mod target;

@@ -1,0 +1,144 @@
+//! A gateway under attack, and the neighbour who must not notice.
+
+use std::net::SocketAddr;
+
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+
+use crate::binary::Binary;
+use crate::harness::{Client, Instance, eventually, http, metric, publish, soon};
+
+/// What an attack may leave in the process, in KiB: pages that the allocator keeps, and buffers of its threads. What a
+/// leak would leave is more, since each attack comes many times.
+const RSS_SLACK_KIB: u64 = 12 << 10;
+
+/// Files that the process may have open beyond the baseline.
+const FILES_SLACK: usize = 2;
+
+const NEIGHBOURS: &str = "neighbours";
+
+/// A process of its own with one well-behaved client.
+pub struct Target {
+    pub binary: Binary,
+    neighbour: mpsc::Receiver<Value>,
+    rss_kib: u64,
+    files: usize,
+    published: u64,
+}
+
+impl Instance for Target {
+    fn public(&self) -> SocketAddr {
+        self.binary.public
+    }
+
+    fn internal(&self) -> SocketAddr {
+        self.binary.internal
+    }
+}
+
+impl Target {
+    pub async fn start(env: &[(&str, &str)]) -> Self {
+        Self::start_with_files(2000, env).await
+    }
+
+    /// With a limit of open files.
+    pub async fn start_with_files(files_max: u32, env: &[(&str, &str)]) -> Self {
+        let binary = Binary::start(files_max, env);
+        crate::harness::ready(&binary).await;
+        let neighbour = received(Client::subscribed(&binary, NEIGHBOURS).await);
+        let mut target = Self { binary, neighbour, rss_kib: 0, files: 0, published: 0 };
+        // A few rounds of everything that is checked later, so that what is allocated once is in the baseline.
+        for _ in 0..20 {
+            target.assert_neighbour_receives().await;
+            metric(&target, "hubcast_connections").await;
+        }
+        target.rss_kib = target.rss_kib_now();
+        target.files = target.files_now();
+        target
+    }
+
+    /// Takes what the process holds now for the baseline: after a first wave of an attack the allocator keeps pages, and
+    /// the same wave again must not add to them.
+    pub fn rebase(&mut self) {
+        self.rss_kib = self.rss_kib.max(self.rss_kib_now());
+    }
+
+    fn proc(&self, name: &str) -> std::path::PathBuf {
+        format!("/proc/{}/{name}", self.binary.process.0.id()).into()
+    }
+
+    pub fn rss_kib_now(&self) -> u64 {
+        let status = std::fs::read_to_string(self.proc("status")).expect("the process lives");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it has memory");
+        line.trim().trim_end_matches(" kB").parse().expect("a number")
+    }
+
+    pub fn files_now(&self) -> usize {
+        std::fs::read_dir(self.proc("fd")).expect("the process lives").count()
+    }
+
+    /// CPU that it has used, in clock ticks of 10 ms.
+    pub fn cpu_ticks(&self) -> u64 {
+        let stat = std::fs::read_to_string(self.proc("stat")).expect("the process lives");
+        let (_, rest) = stat.rsplit_once(')').expect("a name in parentheses");
+        let fields: Vec<_> = rest.split_whitespace().collect();
+        // utime and stime, fields 14 and 15 of proc_pid_stat(5).
+        fields[11].parse::<u64>().expect("ticks") + fields[12].parse::<u64>().expect("ticks")
+    }
+
+    pub async fn assert_neighbour_receives(&mut self) {
+        self.published += 1;
+        publish(&self.binary, NEIGHBOURS, self.published.to_string().as_bytes()).await;
+        let received = soon("the neighbour's event", self.neighbour.recv()).await;
+        let expected = json!({"type": "event", "channel": NEIGHBOURS, "data": self.published});
+        assert_eq!(received.expect("the neighbour is connected"), expected);
+    }
+
+    /// The process lives, the neighbour receives what is published now, nobody else is connected or subscribed, nothing
+    /// waits, and files and memory are back where they were.
+    pub async fn assert_unharmed(&mut self) {
+        assert!(self.binary.process.0.try_wait().expect("it is ours").is_none(), "the process ended");
+        assert_eq!(http(&self.binary, "GET /livez", "", b"").await.status, 200);
+        self.assert_neighbour_receives().await;
+        for (series, value) in [
+            ("hubcast_connections", 1.0),
+            ("hubcast_subscriptions", 1.0),
+            ("hubcast_channels", 1.0),
+            ("hubcast_outbox_frames", 0.0),
+            ("hubcast_outbox_bytes", 0.0),
+        ] {
+            crate::harness::await_metric(&self.binary, series, value).await;
+        }
+        eventually("its files to be closed", async || (self.files_now() <= self.files + FILES_SLACK).then_some(()))
+            .await;
+        let most = self.rss_kib + RSS_SLACK_KIB;
+        eventually(&format!("its memory to be back at {} KiB", self.rss_kib), async || {
+            (self.rss_kib_now() <= most).then_some(())
+        })
+        .await;
+    }
+
+    /// How often connections were closed for a reason of ours.
+    pub async fn closed(&self, reason: &str) -> f64 {
+        metric(&self.binary, &format!("hubcast_connections_closed_total{{reason=\"{reason}\"}}")).await
+    }
+
+    /// Waits until a series has grown by this much since it was `before`.
+    pub async fn await_growth(&self, series: &str, before: f64, by: f64) {
+        crate::harness::await_metric(&self.binary, series, before + by).await;
+    }
+}
+
+/// What a client receives; it answers pings meanwhile.
+fn received(mut client: Client) -> mpsc::Receiver<Value> {
+    let (sender, receiver) = mpsc::channel(64);
+    tokio::spawn(async move {
+        loop {
+            let frame = client.json().await;
+            if sender.send(frame).await.is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
