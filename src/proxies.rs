@@ -43,7 +43,7 @@ impl ForwardingHeader {
 }
 
 impl Proxies {
-    /// Those of a list as [`parse_networks`] gives it.
+    /// Those of a list as `parse_networks` gives it.
     pub fn new(networks: Vec<IpNet>, header: ForwardingHeader) -> Self {
         Self { networks, header }
     }

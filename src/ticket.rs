@@ -15,7 +15,7 @@ pub enum Ticket {
 }
 
 /// The position of one who waited, written under the channel's lock: among those who wait (its top bit is set),
-/// among the members, or [`NOWHERE`].
+/// among the members, or nowhere.
 #[derive(Debug, Default)]
 pub struct Seat(AtomicU64);
 

@@ -11,7 +11,7 @@ use crate::close::CloseReason;
 use crate::frame::{CONTROL_PAYLOAD_BYTES_MAX, Opcode};
 
 /// Most fragments of one message, where messages are at most 64 KiB: millions of empty ones would pin a connection
-/// for nothing. Where larger messages are allowed, so is a fragment for each of their [`FRAGMENT_BYTES`].
+/// for nothing. Where larger messages are allowed, so is a fragment for each of their `FRAGMENT_BYTES`.
 pub const FRAGMENTS_MAX: usize = 1024;
 
 /// The smallest fragments in which a message of the largest size may come: what the Autobahn TestSuite sends.
