@@ -173,6 +173,14 @@ fn every_threat_and_fault_was_observed_in_this_run_and_no_log_tells_a_secret() {
     ];
     fs::write(target.join("verification.md"), report.join("\n")).unwrap();
     assert!(missing.is_empty(), "nobody observed in this run: {missing:#?}");
-    // Kept only where something is wrong.
+    // Kept only where something is wrong, and no longer than the next whole run.
     fs::remove_dir_all(&directory).unwrap();
+    for other in fs::read_dir(env!("CARGO_TARGET_TMPDIR")).unwrap() {
+        let path = other.unwrap().path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let cargo = name.strip_prefix("run-").and_then(|rest| rest.split('-').next());
+        if cargo.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            fs::remove_dir_all(path).unwrap();
+        }
+    }
 }

@@ -64,6 +64,7 @@ async fn commands_above_the_rate_are_refused_and_a_flood_is_closed() {
     assert_eq!(client.close_frame().await, (1008, "too many commands".to_owned()));
     await_metric(&gateway, r#"hubcast_connections_closed_total{reason="rate_limited"}"#, 1.0).await;
     hears(&gateway, &mut neighbour).await;
+    crate::observe::threat(46, "above the rate: rate_limited; a flood: 1008");
 }
 
 /// Each channel of a list is a command; a list is never more than a burst, so that it can be carried out at all.
@@ -119,6 +120,8 @@ async fn floods_of_pings_and_pongs_end_with_1008() {
     raw.frame().await.expect("the welcome");
     assert_eq!(raw.frame().await.expect("a pong").first, 0x8A);
     hears(&gateway, &mut neighbour).await;
+    crate::observe::threat(40, "above the rate: 1008, counted; a neighbour receives");
+    crate::observe::threat(41, "above the rate: 1008, counted; a neighbour receives");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -137,6 +140,7 @@ async fn so_many_bad_requests_are_forgiven_and_no_more() {
     assert_eq!(client.close_frame().await, (1008, "too many bad requests".to_owned()));
     assert_eq!(limited(&gateway, "bad_requests").await, 1.0);
     hears(&gateway, &mut neighbour).await;
+    crate::observe::threat(44, "sustained: 1008, counted");
 }
 
 /// Bytes above the rate wait in the socket: nothing is refused and nothing lost, it takes its time.
@@ -176,6 +180,7 @@ async fn an_instance_has_so_many_channels() {
     client.send(&json!({"type": "subscribe", "channel": "c"})).await;
     client.expect(&json!({"type": "subscribed", "channel": "c"})).await;
     await_metric(&gateway, "hubcast_channels", 2.0).await;
+    crate::observe::threat(47, "above the channels of an instance: limit_exceeded, raw 1013");
 }
 
 /// One request to a process's internal listener, and its whole answer.
@@ -245,6 +250,7 @@ async fn before_memory_ends_nobody_comes_in_and_the_slowest_go() {
         }
     };
     soon("memory to be tight", pressing).await;
+    let tight = std::time::Instant::now();
     assert!(scrape(binary.internal, r#"hubcast_limited_total{limit="memory"}"#).await >= 1.0);
     assert!(scrape(binary.internal, r#"hubcast_connections_refused_total{reason="memory"}"#).await >= 1.0);
     eventually("the slowest to go", async || {
@@ -264,6 +270,16 @@ async fn before_memory_ends_nobody_comes_in_and_the_slowest_go() {
         }
     }
     drop(stalled);
+    crate::observe::threat(
+        65,
+        "new ones and publishes 503, then the slowest are closed with 1013; room again afterwards",
+    );
+    crate::observe::fault(
+        "memory cap",
+        None,
+        tight.elapsed(),
+        "at HUBCAST_MEMORY_MAX=16MiB: 503, then the slowest are closed",
+    );
 }
 
 /// Parts of messages that never end are bounded over all connections: whoever adds to too many has to go.
@@ -292,4 +308,5 @@ async fn what_arrives_in_parts_is_bounded_over_all_connections() {
         (scrape(binary.internal, r#"hubcast_ledger_bytes{kind="arriving"}"#).await == 0.0).then_some(())
     })
     .await;
+    crate::observe::threat(37, "parts of messages over all connections: bounded, those who add to them are closed");
 }
