@@ -88,16 +88,12 @@ impl Frame {
 
     /// A text frame of what a client asked for from the past.
     pub fn replay(payload: &str) -> Arc<Self> {
-        let mut bytes = Vec::new();
-        encode(&mut bytes, Opcode::Text, &[payload.as_bytes()]);
-        Arc::new(Self { is_replay: true, ..Self::of(bytes, 1) })
+        Arc::new(Self { is_replay: true, ..Self::text_of(Role::Plain, payload) })
     }
 
     /// The same of an event: behind it the client stands where its channel stood before the next one.
     pub fn replayed(channel: &str, payload: &str) -> Arc<Self> {
-        let mut bytes = Vec::new();
-        encode(&mut bytes, Opcode::Text, &[payload.as_bytes()]);
-        Arc::new(Self { is_replay: true, role: Role::Border(Border::of(channel)), ..Self::of(bytes, 1) })
+        Arc::new(Self { is_replay: true, ..Self::text_of(Role::Border(Border::of(channel)), payload) })
     }
 
     /// As [`Frame::bundle`], of a channel whose slow consumers lose publications.
@@ -107,18 +103,18 @@ impl Frame {
 
     /// A text frame with which a subscription to the channel begins or ends.
     pub fn border(channel: &str, payload: &str) -> Arc<Self> {
-        Self::text_of(Role::Border(Border::of(channel)), payload)
+        Arc::new(Self::text_of(Role::Border(Border::of(channel)), payload))
     }
 
     /// A text frame that tells a slow consumer what it lost.
     pub fn gap(payload: &str, loss: Loss) -> Arc<Self> {
-        Self::text_of(Role::Gap(Box::new(loss)), payload)
+        Arc::new(Self::text_of(Role::Gap(Box::new(loss)), payload))
     }
 
-    fn text_of(role: Role, payload: &str) -> Arc<Self> {
+    fn text_of(role: Role, payload: &str) -> Self {
         let mut bytes = Vec::new();
         encode(&mut bytes, Opcode::Text, &[payload.as_bytes()]);
-        Arc::new(Self { role, ..Self::of(bytes, 1) })
+        Self { role, ..Self::of(bytes, 1) }
     }
 
     fn of(bytes: Vec<u8>, messages: usize) -> Self {

@@ -141,13 +141,10 @@ impl Window {
     /// back to where it was.
     pub fn catch_up(&self, after: Cursor, more: Option<&[Entry]>, position: Cursor) -> Start {
         let gap = |reason, next| Told::Gap(Gap { after: Some(after), next, reason });
-        let is_old = self.judge(after) == Standing::Old;
-        let missed: Option<(bool, Vec<_>)> = more.and_then(|more| match self.after(after) {
-            Some(entries) => Some((false, entries.iter().chain(more).collect())),
-            None => match more.iter().position(|entry| entry.id == after) {
-                Some(at) => Some((false, more[at + 1..].iter().collect())),
-                None => is_old.then(|| (true, self.entries.iter().chain(more).collect())),
-            },
+        let all = |more| self.entries.iter().chain(more).collect();
+        let missed: Option<(bool, Vec<_>)> = more.and_then(|more| match self.missed(after, more) {
+            Some(missed) => Some((false, missed)),
+            None => (self.judge(after) == Standing::Old).then(|| (true, all(more))),
         });
         let Some((is_trimmed, missed)) = missed else {
             return Start { recovered: true, missed: [gap(GapReason::Upstream, None)].into(), ..Start::at(position) };
@@ -180,16 +177,21 @@ impl Window {
     /// What a client missed that stands at `after`; `more` was appended since the read. `None`: it is not continued
     /// there, or it is too much, and it begins anew.
     pub fn recover(&self, after: Cursor, more: &[Entry]) -> Option<Vec<Told>> {
-        let (entries, more) = match self.after(after) {
-            Some(entries) => (entries, more),
-            None => (&[][..], &more[more.iter().position(|entry| entry.id == after)? + 1..]),
-        };
-        let missed: Vec<_> = entries.iter().chain(more).collect();
+        let missed = self.missed(after, more)?;
         let events = missed.iter().filter(|entry| entry.marker().is_none()).count();
         let bytes: usize = missed.iter().map(|entry| entry.len()).sum();
         let is_known = !missed.iter().any(|entry| entry.is_blind_marker());
         let fits = events <= RECOVERY_EVENTS_MAX && bytes <= REPLY_BYTES_MAX;
         (is_known && fits).then(|| with_gaps(Some(after), Some(after), &missed, |_| false))
+    }
+
+    /// What follows an id here and in what was appended since, if that continues it.
+    fn missed<'a>(&'a self, after: Cursor, more: &'a [Entry]) -> Option<Vec<&'a Entry>> {
+        let (entries, more) = match self.after(after) {
+            Some(entries) => (entries, more),
+            None => (&[][..], &more[more.iter().position(|entry| entry.id == after)? + 1..]),
+        };
+        Some(entries.iter().chain(more).collect())
     }
 
     /// A page; `limit` is brought into bounds. An event that alone is too big is a page of its own.
