@@ -1,16 +1,18 @@
-//! The API's requests that act on connections, wherever they live: disconnect, unsubscribe.
+//! The API's requests that act on connections, wherever they live: disconnect, unsubscribe, revoke.
 
 use hyper::body::Incoming;
 use hyper::{Request, StatusCode};
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::admin::{self, Ask, Target};
 use crate::answer::{Answer, ApiError, bad_json, json_response};
 use crate::api::{Api, told};
+use crate::authenticator::unix_s;
 use crate::cluster::Answers;
 use crate::connection::Connection;
 use crate::protocol::{self, ErrorCode, Refusal};
+use crate::revocation::{REVOCATIONS_MAX, Revoked};
 
 impl Api {
     pub(crate) async fn disconnect(&self, request: Request<Incoming>) -> Answer {
@@ -46,6 +48,29 @@ impl Api {
         self.act(ask, &target, "unsubscribed").await
     }
 
+    /// Takes a user's tokens, or one token, no more; who has shown them is cut off.
+    pub(crate) async fn revoke(&self, request: Request<Incoming>) -> Answer {
+        let body = self.body(request, self.broker.publish_bytes_max).await?;
+        let wanted: Revoke = serde_json::from_slice(&body).map_err(|error| bad_json(&error))?;
+        let revoked = match (wanted.user, wanted.token_id) {
+            (Some(user), None) => Revoked::User(user),
+            (None, Some(id)) => Revoked::Token(id),
+            _ => return Err(ErrorCode::BadRequest.with("either user or token_id is needed")),
+        };
+        let Some(authenticator) = &self.broker.authenticator else {
+            return Err(ErrorCode::BadRequest.with("there are no tokens: HUBCAST_AUTH is none"));
+        };
+        let at_s = unix_s();
+        if authenticator.revocations.add(&revoked, at_s, at_s).is_err() {
+            let message = format!("{REVOCATIONS_MAX} are revoked already");
+            return Err(ErrorCode::LimitExceeded.with(message));
+        }
+        // For whoever is away, or comes later.
+        authenticator.revocations.note_unwritten(&revoked);
+        let Answers { answers, unreachable } = self.ask(Ask::Revoke { revoked, at_s }, None).await;
+        Ok(json_response(StatusCode::OK, &told(json!({ "disconnected": count(&answers) }), &unreachable)))
+    }
+
     /// Has all instances, or only one, carry something out.
     pub(crate) async fn ask(&self, ask: Ask, only: Option<&str>) -> Answers {
         let own = &*self.broker.shared.instance_id;
@@ -65,12 +90,24 @@ impl Api {
             Target::User(_) | Target::Channel(_) => None,
         };
         let Answers { answers, unreachable } = self.ask(ask, only.as_deref()).await;
-        let count: u64 = answers.iter().filter_map(|answer| answer["count"].as_u64()).sum();
+        let count = count(&answers);
         if count == 0 && only.is_some() {
             return Err(if unreachable.is_empty() { ApiError::not_found() } else { Refusal::unavailable().into() });
         }
         Ok(json_response(StatusCode::OK, &told(json!({ told_as: count }), &unreachable)))
     }
+}
+
+/// How many connections it concerned on all instances.
+fn count(answers: &[Value]) -> u64 {
+    answers.iter().filter_map(|answer| answer["count"].as_u64()).sum()
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Revoke {
+    user: Option<Box<str>>,
+    token_id: Option<Box<str>>,
 }
 
 #[derive(Deserialize)]

@@ -7,11 +7,14 @@ use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use tracing::warn;
 
+use crate::authenticator::{Authenticator, unix_s};
 use crate::broker::Broker;
 use crate::close::CloseReason;
 use crate::connection::Connection;
 use crate::fanout::Fanout;
+use crate::revocation::Revoked;
 
 /// What instances are asked to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -44,6 +47,13 @@ pub enum Ask {
         /// To which channel.
         channel: String,
     },
+    /// Take tokens no more, and close the connections that have shown them.
+    Revoke {
+        /// Which.
+        revoked: Revoked,
+        /// Those issued up to this second since 1970.
+        at_s: u64,
+    },
 }
 
 /// Whom an action is about.
@@ -66,6 +76,7 @@ pub fn carry_out(ask: &Ask, broker: &Broker) -> Value {
         }
         Ask::Disconnect { target, code, reason } => json!({ "count": disconnect(broker, target, *code, reason) }),
         Ask::Unsubscribe { target, channel } => json!({ "count": unsubscribe(broker, target, channel) }),
+        Ask::Revoke { revoked, at_s } => json!({ "count": revoke(broker, revoked, *at_s) }),
     }
 }
 
@@ -136,6 +147,33 @@ fn unsubscribe(broker: &Broker, target: &Target, channel: &str) -> usize {
         connection.ask_to_leave(channel);
     }
     found.len()
+}
+
+fn revoke(broker: &Broker, revoked: &Revoked, at_s: u64) -> usize {
+    let Some(authenticator) = &broker.authenticator else { return 0 };
+    // First it counts, then it is looked for: nobody slips in between.
+    let added = authenticator.revocations.add(revoked, at_s, unix_s());
+    if added.is_err() {
+        warn!("too many revocations, one is not remembered here");
+    }
+    cut_revoked(broker, authenticator)
+}
+
+/// Closes the connections whose tokens are revoked, and has the others look at theirs for single channels.
+pub fn cut_revoked(broker: &Broker, authenticator: &Authenticator) -> usize {
+    let mut count = 0;
+    for connection in all(broker) {
+        match connection.holder().identity() {
+            _ if connection.close_reason().is_some() => {}
+            Some(identity) if authenticator.revocations.concern(&identity) => {
+                connection.close(CloseReason::Revoked);
+                count += 1;
+            }
+            Some(_) => connection.recheck_grants(),
+            None => {}
+        }
+    }
+    count
 }
 
 fn connection_json(connection: &Connection) -> Value {

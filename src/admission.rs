@@ -117,13 +117,13 @@ impl Admission {
         is_spare.then(|| Arc::clone(&self.places).try_acquire_owned().ok()).flatten()
     }
 
-    /// One more connection of a user, whatever its address.
+    /// One more connection of a user, whatever its address; of nobody in particular there may be any number.
     ///
     /// # Errors
     /// It has as many as it may have.
-    pub fn admit_user(&self, user: &str, now_us: u64) -> Result<Stay<Box<str>>, Denied> {
+    pub fn admit_user(&self, user: Option<&str>, now_us: u64) -> Result<Stay<Box<str>>, Denied> {
         let denied = |_| Denied { why: Refused::UserConnections, wait: random(PLACE_WAIT) };
-        self.users.enter(&user.into(), now_us).map_err(denied)
+        user.map_or(Ok(Stay::default()), |user| self.users.enter(&user.into(), now_us).map_err(denied))
     }
 }
 

@@ -10,6 +10,9 @@ use crate::meter::{Meter, Rate, Verdict};
 use crate::metrics::Limited;
 use crate::protocol::{Command, ErrorCode, Refusal};
 
+/// A token counts as so many commands: that is what it takes to verify a signature.
+const TOKEN_COMMANDS: usize = 100;
+
 /// What each connection may do.
 #[derive(Clone, Copy, Debug)]
 pub struct Allowances {
@@ -64,7 +67,12 @@ impl Allowance {
                 (&mut self.publishes, &may.publishes, 1, Limited::Publishes, "too many publishes")
             }
             Ok(Command::Subscribe(targets) | Command::Unsubscribe(targets)) => {
-                (&mut self.commands, &may.commands, targets.len(), Limited::Commands, "too many commands")
+                let tokens = targets.iter().flatten().filter(|wanted| wanted.token.is_some()).count();
+                let count = targets.len() + tokens * TOKEN_COMMANDS;
+                (&mut self.commands, &may.commands, count, Limited::Commands, "too many commands")
+            }
+            Ok(Command::Auth { .. }) => {
+                (&mut self.commands, &may.commands, TOKEN_COMMANDS, Limited::Commands, "too many commands")
             }
             _ => (&mut self.commands, &may.commands, 1, Limited::Commands, "too many commands"),
         };

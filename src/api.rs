@@ -9,6 +9,7 @@
 //! - `GET /api/connections?user=&channel=&instance=&limit=&page=`
 //! - `POST /api/disconnect` `{"connection_id"|"user"|"channel","code"?,"reason"?}`
 //! - `POST /api/unsubscribe` `{"connection_id"|"user","channel"}`
+//! - `POST /api/revoke` `{"user"|"token_id"}`
 //! - `GET /metrics`, `GET /livez`, `GET /readyz` (these three without a key)
 
 use std::collections::BTreeSet;
@@ -75,7 +76,7 @@ impl Api {
     async fn route(&self, request: Request<Incoming>) -> Answer {
         let path = request.uri().path().to_owned();
         let allowed = match path.as_str() {
-            "/api/publish" | "/api/disconnect" | "/api/unsubscribe" => Method::POST,
+            "/api/publish" | "/api/disconnect" | "/api/unsubscribe" | "/api/revoke" => Method::POST,
             path if path.starts_with("/api/publish/") => Method::POST,
             _ => Method::GET,
         };
@@ -93,6 +94,7 @@ impl Api {
             (_, Some("publish")) => self.publish(request).await,
             (_, Some("disconnect")) => self.disconnect(request).await,
             (_, Some("unsubscribe")) => self.unsubscribe(request).await,
+            (_, Some("revoke")) => self.revoke(request).await,
             (_, Some("channels")) => self.channels(&Query::of(&request)),
             (_, Some("instances")) => self.instances().await,
             (_, Some("connections")) => self.connections(&Query::of(&request)).await,

@@ -7,13 +7,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use hyper::Method;
-use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::header::{HeaderMap, HeaderValue};
 use parking_lot::RwLock;
 use ring::digest;
 use subtle::ConstantTimeEq;
 
 use crate::answer::ApiError;
 use crate::connection::Shared;
+use crate::handshake::bearer;
 use crate::metrics::{ApiRefused, Metrics, Reloaded};
 use crate::protocol::ErrorCode;
 use crate::reload::{Files, Fingerprint};
@@ -205,11 +206,7 @@ impl ApiKeys {
 }
 
 fn given(headers: &HeaderMap) -> Option<&[u8]> {
-    let bearer = headers.get(header::AUTHORIZATION).and_then(|value| {
-        let (scheme, key) = value.as_bytes().split_at_checked("Bearer ".len())?;
-        scheme.eq_ignore_ascii_case(b"Bearer ").then_some(key)
-    });
-    bearer.or_else(|| headers.get("x-api-key").map(HeaderValue::as_bytes))
+    bearer(headers).or_else(|| headers.get("x-api-key").map(HeaderValue::as_bytes))
 }
 
 fn sha256(bytes: &[u8]) -> [u8; digest::SHA256_OUTPUT_LEN] {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::authenticator::Authenticator;
 use crate::channel::Channel;
 use crate::cluster::Cluster;
 use crate::connection::{Connection, Shared};
@@ -37,6 +38,8 @@ pub struct Broker {
     pub cluster: Cluster,
     /// The Redis servers, where there are any.
     pub servers: Option<Arc<Servers>>,
+    /// Who verifies tokens, with `HUBCAST_AUTH=jwt`.
+    pub authenticator: Option<Arc<Authenticator>>,
     /// Questions for [`history_reader::run`].
     pub history: mpsc::Sender<history_reader::Question>,
     /// `HUBCAST_PUBLISH_BYTES_MAX`

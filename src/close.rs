@@ -34,6 +34,14 @@ pub enum CloseReason {
     RateLimited(&'static str),
     /// The instance has no room for it any more.
     Overload(&'static str),
+    /// Its token was refused; the text says no more than that.
+    Unauthorized(&'static str),
+    /// Its token has expired.
+    TokenExpired,
+    /// Its token was revoked.
+    Revoked,
+    /// It did not authenticate in time.
+    AuthTimeout,
     /// The API asked for it (`POST /api/disconnect`).
     Disconnected {
         /// The close code to send.
@@ -45,7 +53,7 @@ pub enum CloseReason {
 
 impl CloseReason {
     /// Every label that [`CloseReason::label`] can return, for metrics that start at zero.
-    pub const LABELS: [&'static str; 14] = [
+    pub const LABELS: [&'static str; 18] = [
         "client",
         "lost",
         "protocol_error",
@@ -60,6 +68,10 @@ impl CloseReason {
         "disconnected",
         "rate_limited",
         "overload",
+        "unauthorized",
+        "token_expired",
+        "revoked",
+        "auth_timeout",
     ];
 
     /// The close code to send, or `None` where the peer's close frame had none.
@@ -74,7 +86,8 @@ impl CloseReason {
             Self::TooBig => 1009,
             Self::Drain => 1012,
             Self::Overload(_) => 1013,
-            Self::Timeout => 3008,
+            Self::Unauthorized(_) | Self::TokenExpired | Self::Revoked => 3000,
+            Self::Timeout | Self::AuthTimeout => 3008,
             Self::SlowConsumer => 4101,
             Self::Disconnected { code, .. } => *code,
         })
@@ -89,7 +102,11 @@ impl CloseReason {
             | Self::UnsupportedData(what)
             | Self::Policy(what)
             | Self::RateLimited(what)
-            | Self::Overload(what) => what,
+            | Self::Overload(what)
+            | Self::Unauthorized(what) => what,
+            Self::TokenExpired => "token expired",
+            Self::Revoked => "token revoked",
+            Self::AuthTimeout => "no authentication in time",
             Self::InvalidPayload => "text is not UTF-8",
             Self::TooBig => "message too big",
             Self::Internal => "internal error",
@@ -122,12 +139,20 @@ impl CloseReason {
             Self::Disconnected { .. } => 11,
             Self::RateLimited(_) => 12,
             Self::Overload(_) => 13,
+            Self::Unauthorized(_) => 14,
+            Self::TokenExpired => 15,
+            Self::Revoked => 16,
+            Self::AuthTimeout => 17,
         }
     }
 
     /// Whether frames accepted before the close are still sent before the close frame.
-    /// A slow consumer's are not: its socket is the one that would not take them.
+    /// A slow consumer's are not: its socket is the one that would not take them. Nor are those of one who may not hear
+    /// them any more.
     pub fn keeps_queue(&self) -> bool {
-        !matches!(self, Self::SlowConsumer | Self::Timeout | Self::Lost | Self::Overload(_))
+        !matches!(
+            self,
+            Self::SlowConsumer | Self::Timeout | Self::Lost | Self::Overload(_) | Self::TokenExpired | Self::Revoked
+        )
     }
 }

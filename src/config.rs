@@ -15,6 +15,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 
 use crate::api_keys::KeyList;
+use crate::auth_config::AuthConfig;
 use crate::edge_config::EdgeConfig;
 use crate::limits_config::LimitsConfig;
 use crate::outbox;
@@ -41,6 +42,8 @@ pub struct Config {
     pub internal_listen: SocketAddr,
     /// `HUBCAST_ORIGINS`, proxies and TLS
     pub edge: EdgeConfig,
+    /// `HUBCAST_AUTH`, and how tokens are verified
+    pub auth: AuthConfig,
     /// `HUBCAST_INSECURE_INTERNAL`
     pub insecure_internal: bool,
     /// `HUBCAST_API_KEYS`
@@ -140,6 +143,7 @@ impl Config {
                 address,
             )?,
             edge: EdgeConfig::parse(&values)?,
+            auth: AuthConfig::parse(&values)?,
             insecure_internal: values.get("HUBCAST_INSECURE_INTERNAL", "true or false", |text| text.parse().ok())?,
             api_keys: KeyList::parse(&values.text("HUBCAST_API_KEYS")),
             redis_urls: values.get("HUBCAST_REDIS_URL", REDIS_URL_ALLOWED, redis_urls)?,
@@ -179,6 +183,7 @@ impl Config {
             notes: values.notes.clone(),
         };
         config.check_internal()?;
+        config.check_public()?;
         config.check_redis()?;
         Ok(config)
     }
@@ -195,14 +200,40 @@ impl Config {
 
     /// An API that anybody on the network can use must be said explicitly.
     fn check_internal(&self) -> Result<(), ConfigError> {
-        let is_open = !self.internal_listen.ip().is_loopback() && self.api_keys.is_empty();
-        if is_open && !self.insecure_internal {
+        if self.is_internal_open_to_anybody() && !self.insecure_internal {
             return Err(ConfigError(format!(
                 "HUBCAST_INTERNAL_LISTEN={}: off loopback, allowed only with HUBCAST_API_KEYS or HUBCAST_INSECURE_INTERNAL=true",
                 self.internal_listen
             )));
         }
         Ok(())
+    }
+
+    /// That anybody on the network may connect must be said explicitly, and rules may not promise what nobody checks.
+    fn check_public(&self) -> Result<(), ConfigError> {
+        if self.is_open_to_anybody() && !self.auth.is_explicit {
+            return Err(ConfigError(format!(
+                "HUBCAST_LISTEN={}: off loopback, allowed only with HUBCAST_AUTH=jwt, or HUBCAST_AUTH=none if anybody may connect",
+                self.listen
+            )));
+        }
+        match self.channel_rules.needs_authentication() {
+            Some(pattern) if self.auth.jwt.is_none() => Err(ConfigError(format!(
+                "HUBCAST_CHANNEL_RULES={}: the rule of {pattern} is allowed only with HUBCAST_AUTH=jwt",
+                self.channel_rules
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the public listener lets anybody on the network in.
+    pub fn is_open_to_anybody(&self) -> bool {
+        !self.listen.ip().is_loopback() && self.auth.jwt.is_none()
+    }
+
+    /// Whether the internal listener does.
+    pub fn is_internal_open_to_anybody(&self) -> bool {
+        !self.internal_listen.ip().is_loopback() && self.api_keys.is_empty()
     }
 
     /// What the mode needs of the URLs.
@@ -255,7 +286,10 @@ impl Config {
                     "HUBCAST_COALESCE" => time(self.channel_rules.coalesce_default()),
                     "HUBCAST_LOG" => self.log.clone(),
                     "HUBCAST_LOG_FORMAT" => if self.log_json { "json" } else { "text" }.to_owned(),
-                    other => self.edge.print(other).or_else(|| self.limits.print(other)).unwrap_or_default(),
+                    other => {
+                        let parts = [self.edge.print(other), self.limits.print(other), self.auth.print(other)];
+                        parts.into_iter().flatten().next().unwrap_or_default()
+                    }
                 };
                 format!("{}={value}\n", variable.name)
             })
@@ -303,9 +337,18 @@ impl Values {
     ) -> Result<T, ConfigError> {
         let text = self.text(name);
         parse(&text).ok_or_else(|| {
-            let shown = if name == "HUBCAST_REDIS_URL" { masked_url(&text) } else { text.clone() };
+            let shown = match name {
+                "HUBCAST_REDIS_URL" => masked_url(&text),
+                "HUBCAST_JWT_SECRET" => "***".to_owned(),
+                _ => text.clone(),
+            };
             ConfigError(format!("{name}={shown}: allowed is {allowed}"))
         })
+    }
+
+    /// Whether somebody wrote it.
+    pub(crate) fn is_given(&self, name: &str) -> bool {
+        self.given.contains_key(name)
     }
 
     fn duration(&self, name: &str) -> Result<Duration, ConfigError> {

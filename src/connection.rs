@@ -8,75 +8,32 @@ use std::sync::{Arc, OnceLock};
 use std::task::{Context as TaskContext, Poll};
 
 use atomic_waker::AtomicWaker;
-use dashmap::DashMap;
 use parking_lot::Mutex;
 
 use crate::behind::Backfill;
+use crate::caller::{Caller, Holder};
 use crate::clock;
 use crate::close::CloseReason;
 use crate::cursor::Cursor;
 use crate::eviction::Evicted;
 use crate::fanout::{Fanout, Subscriber};
 use crate::frame::{Frame, Opcode};
-use crate::lanes::Lanes;
-use crate::memory::Memory;
-use crate::metrics::{Drop as DropReason, Metrics};
-use crate::outbox::{self, Flushed, Outbox, Phase, Push};
-use crate::presence::Presence;
+use crate::identity::Identity;
+use crate::metrics::Drop as DropReason;
+use crate::outbox::{Flushed, Outbox, Phase, Push};
 use crate::presence_store::Member;
 use crate::publication::Format;
-use crate::registry::Registry;
 use crate::socket::Socket;
 use crate::writer::{Transport, Writer};
 
-/// What all connections share.
-#[derive(Debug)]
-pub struct Shared {
-    /// Bounds of every outbox.
-    pub outbox: outbox::Limits,
-    /// Who flushes.
-    pub lanes: Arc<Lanes>,
-    /// The metrics.
-    pub metrics: Metrics,
-    /// What may wait in all.
-    pub memory: Memory,
-    /// All open connections.
-    pub connections: Connections,
-    /// This boot of this instance: 16 hexadecimal digits.
-    pub instance_id: Box<str>,
-    /// When it booted, in milliseconds since 1970.
-    pub started_at_ms: u64,
-    /// Where connections are known to other instances; with Redis only.
-    pub registry: Option<Arc<Registry>>,
-    /// Who is in channels that have presence.
-    pub presence: Presence,
-}
-
-impl Shared {
-    /// Has the registry look at a connection.
-    fn register(&self, number: u64) {
-        if let Some(registry) = &self.registry {
-            registry.note(number);
-        }
-    }
-
-    /// Sets in motion what a fan-out came to; returns the connections that were late: the caller publishes no
-    /// more until [`Lanes::room`] returns.
-    pub fn submit(&self, fanout: &mut Fanout<Arc<Connection>>) -> Vec<Arc<Connection>> {
-        self.metrics.fanned_out(fanout);
-        self.lanes.submit(fanout)
-    }
-}
-
-/// All open connections by number.
-pub type Connections = DashMap<u64, Arc<Connection>>;
+pub use crate::shared::{Connections, Shared};
 
 /// One WebSocket connection.
 #[derive(Debug)]
 pub struct Connection {
     number: u64,
     remote: SocketAddr,
-    user: Option<Box<str>>,
+    holder: Holder,
     format: Format,
     socket: Socket,
     outbox: Outbox,
@@ -122,7 +79,7 @@ impl Connection {
         shared: Arc<Shared>,
         socket: Socket,
         remote: SocketAddr,
-        user: Option<Box<str>>,
+        caller: Caller,
         format: Format,
         ping_due_us: u64,
     ) -> Open {
@@ -130,7 +87,7 @@ impl Connection {
         let connection = Arc::new(Self {
             number: NEXT_NUMBER.fetch_add(1, Ordering::Relaxed),
             remote,
-            user,
+            holder: caller.into(),
             format,
             socket,
             outbox: Outbox::default(),
@@ -175,9 +132,28 @@ impl Connection {
         if self.remote.port() == 0 { self.remote.ip().to_string() } else { self.remote.to_string() }
     }
 
-    /// Whose it is, as the client says.
+    /// Whose it is.
+    pub fn holder(&self) -> &Holder {
+        &self.holder
+    }
+
+    /// The name of the user whose it is, if it has one.
     pub fn user(&self) -> Option<&str> {
-        self.user.as_deref()
+        self.holder.user()
+    }
+
+    /// It has shown a good token: from now on that counts, and other instances know whose it is.
+    pub fn authenticated(&self, identity: &Arc<Identity>) {
+        self.holder.take(identity);
+        self.shared.register(self.number);
+    }
+
+    /// Has the own task look at its tokens for single channels, if there are any.
+    pub fn recheck_grants(&self) {
+        if self.holder.has_grants() {
+            self.is_asked.store(true, Ordering::Release);
+            self.waker.wake();
+        }
     }
 
     /// When it was opened, in milliseconds since 1970.
@@ -355,13 +331,19 @@ impl Connection {
     /// One look of the sweep: closes the connection if it was silent or slow for too long, and pings it when due.
     pub fn sweep(
         self: &Arc<Self>,
-        now_us: u64,
+        (now_us, unix_ms): (u64, u64),
         ping: &Arc<Frame>,
         liveness: &Liveness,
         fanout: &mut Fanout<Arc<Self>>,
     ) {
         if self.reason.get().is_some() {
             return;
+        }
+        if let Some(reason) = self.holder.overdue(unix_ms) {
+            return self.close(reason);
+        }
+        if self.holder.has_old_grants(unix_ms) {
+            self.recheck_grants();
         }
         if self.outbox.sweep(now_us, liveness.write_timeout_us) {
             return self.close(CloseReason::SlowConsumer);

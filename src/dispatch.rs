@@ -11,6 +11,8 @@ use crate::connection::Connection;
 use crate::event;
 use crate::fanout::Fanout;
 use crate::history_reader::Question;
+use crate::history_view::Range;
+use crate::identity::Action;
 use crate::metrics::{Limited, Source};
 use crate::presence_reader;
 use crate::protocol::{Command, ErrorCode, Refusal, Request, Target, Wanted};
@@ -40,12 +42,16 @@ impl Session {
         if !matches!(request.command, Ok(Command::Publish { .. })) {
             self.answer(fanout);
         }
+        if let Err(refusal) = self.check_pass(&request) {
+            return self.reply(&event::error(id, &refusal, None), fanout);
+        }
         if let Err(excess) = self.allowance.command(&request.command, &self.context.allowances, self.batch_us) {
             return self.refuse(id, excess, fanout);
         }
         match request.command {
             Err(refusal) => self.reply(&event::error(id, &refusal, None), fanout),
             Ok(Command::Ping) => self.reply(&event::pong(id), fanout),
+            Ok(Command::Auth { token }) => self.show_token(id, &token, fanout),
             Ok(Command::Subscribe(targets)) => {
                 self.each(id, targets, fanout, |session, wanted, fanout| session.subscribe(id, wanted, fanout));
             }
@@ -55,9 +61,7 @@ impl Session {
                 });
             }
             Ok(Command::History { channel, range, limit }) => {
-                let asker = Asker::Socket(Arc::clone(&self.connection), id.map(Into::into));
-                let question = Question { channel: channel.as_ref().into(), range, limit, asker };
-                if let Err(refusal) = self.context.broker.ask_history(question) {
+                if let Err(refusal) = self.history(id, &channel, range, limit) {
                     self.reply(&event::error(id, &refusal, Some(&channel)), fanout);
                 }
             }
@@ -116,6 +120,10 @@ impl Session {
 
     fn subscribe(&mut self, id: Option<&str>, wanted: &Wanted<'_>, fanout: &mut Fanout<Arc<Connection>>) {
         let channel = &*wanted.channel;
+        let granted = wanted.token.as_ref().map_or(Ok(()), |token| self.take_grant(channel, token));
+        if let Err(refusal) = granted.and_then(|()| self.authorize(Action::Subscribe, channel)) {
+            return self.reply(&event::error(id, &refusal, Some(channel)), fanout);
+        }
         if self.subscriptions.len() >= self.context.subscriptions_max && !self.subscriptions.contains(channel) {
             self.connection.shared().metrics.limited(Limited::Subscriptions);
             let refusal = Refusal::new(ErrorCode::LimitExceeded, "too many subscriptions on this connection");
@@ -137,18 +145,21 @@ impl Session {
 
     fn unsubscribe(&mut self, id: Option<&str>, channel: &str, fanout: &mut Fanout<Arc<Connection>>) {
         self.subscriptions.unsubscribe(channel, &event::unsubscribed(id, channel), fanout);
+        self.drop_grant(channel);
         self.note_subscriptions();
     }
 
-    /// Leaves the channels that the backend wants it to leave.
+    /// Leaves the channels that the backend wants it to leave, and those for which its tokens are over.
     pub(crate) fn leave_asked(&mut self) {
         let mut fanout = Fanout::default();
+        self.recheck_grants(&mut fanout);
         for channel in self.connection.take_asked() {
             if !self.subscriptions.contains(&channel) {
                 continue;
             }
             if self.is_json() {
-                self.subscriptions.unsubscribe(&channel, &event::ended(&channel), &mut fanout);
+                self.subscriptions.unsubscribe(&channel, &event::ended(&channel, "backend"), &mut fanout);
+                self.drop_grant(&channel);
             } else {
                 // Its one subscription is all that a raw connection is for.
                 let reason = "unsubscribed by the backend".into();
@@ -171,9 +182,7 @@ impl Session {
         fanout: &mut Fanout<Arc<Connection>>,
     ) -> Result<(), Refusal> {
         let broker = &self.context.broker;
-        if !self.context.rules.client_publish(channel) {
-            return Err(Refusal::new(ErrorCode::Forbidden, "clients may not publish to this channel"));
-        }
+        self.authorize(Action::Publish, channel)?;
         broker.check_payload(data.as_bytes())?;
         broker.check_memory()?;
         let Some(servers) = &broker.servers else {
@@ -193,8 +202,16 @@ impl Session {
         Ok(())
     }
 
+    /// Has the question answered by the task that reads the past.
+    fn history(&self, id: Option<&str>, channel: &str, range: Range, limit: usize) -> Result<(), Refusal> {
+        self.authorize(Action::History, channel)?;
+        let asker = Asker::Socket(Arc::clone(&self.connection), id.map(Into::into));
+        self.context.broker.ask_history(Question { channel: channel.into(), range, limit, asker })
+    }
+
     /// Has the question answered by the task that reads presence.
     fn presence(&self, id: Option<&str>, channel: &str, limit: usize, page: Option<&str>) -> Result<(), Refusal> {
+        self.authorize(Action::Presence, channel)?;
         if !self.context.rules.presence(channel) {
             return Err(Refusal::new(ErrorCode::Forbidden, "the rule of this channel has no presence"));
         }

@@ -27,12 +27,34 @@ pub struct Welcome<'a> {
     pub publish_bytes_max: usize,
     /// Most subscriptions of the connection.
     pub subscriptions_max: usize,
+    /// Whether it has shown a token; `None` where nobody has to.
+    pub authentication: Option<Option<Authenticated<'a>>>,
+}
+
+/// What a client is told of its token.
+pub struct Authenticated<'a> {
+    /// Whose it is.
+    pub user: Option<&'a str>,
+    /// How long it is good for, in milliseconds.
+    pub expires_in_ms: u64,
+}
+
+impl Authenticated<'_> {
+    fn members(&self) -> String {
+        let user = self.user.map_or_else(String::new, |user| format!(r#","user":{}"#, quoted(user)));
+        format!(r#"{user},"expires_in_ms":{}"#, self.expires_in_ms)
+    }
 }
 
 /// `{"type":"welcome",…}`
 pub fn welcome(welcome: &Welcome<'_>) -> Arc<Frame> {
+    let authentication = match &welcome.authentication {
+        None => String::new(),
+        Some(None) => r#","authenticated":false"#.to_owned(),
+        Some(Some(authenticated)) => format!(r#","authenticated":true{}"#, authenticated.members()),
+    };
     Frame::text(&format!(
-        r#"{{"type":"welcome","connection_id":"{}","instance_id":"{}","ping_interval_ms":{},"limits":{{"message_bytes":{},"publish_bytes":{},"subscriptions":{}}}}}"#,
+        r#"{{"type":"welcome","connection_id":"{}","instance_id":"{}","ping_interval_ms":{},"limits":{{"message_bytes":{},"publish_bytes":{},"subscriptions":{}}}{authentication}}}"#,
         welcome.connection_id,
         welcome.instance_id,
         welcome.ping_interval_ms,
@@ -57,9 +79,15 @@ pub fn unsubscribed(id: Option<&str>, channel: &str) -> Arc<Frame> {
     Frame::border(channel, &format!("{}}}", begun("unsubscribed", id, Some(channel))))
 }
 
-/// `{"type":"unsubscribed",…}`, because the backend wants it.
-pub fn ended(channel: &str) -> Arc<Frame> {
-    let json = format!(r#"{{"type":"unsubscribed","channel":"{channel}","reason":"backend"}}"#);
+/// `{"type":"authenticated",…}`; without anything where nobody has to.
+pub fn authenticated(id: Option<&str>, authenticated: Option<&Authenticated<'_>>) -> Arc<Frame> {
+    let members = authenticated.map(Authenticated::members).unwrap_or_default();
+    ended_object(begun("authenticated", id, None) + &members)
+}
+
+/// `{"type":"unsubscribed",…}` without a command: the backend wants it, or it is not granted any more.
+pub fn ended(channel: &str, reason: &str) -> Arc<Frame> {
+    let json = format!(r#"{{"type":"unsubscribed","channel":"{channel}","reason":"{reason}"}}"#);
     Frame::border(channel, &json)
 }
 

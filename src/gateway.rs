@@ -18,6 +18,7 @@ use tracing::warn;
 use crate::admission::Admission;
 use crate::api::Api;
 use crate::api_keys::ApiKeys;
+use crate::authenticator::Authenticator;
 use crate::broker::Broker;
 use crate::clock::{self, micros};
 use crate::close::CloseReason;
@@ -33,7 +34,7 @@ use crate::hub::{Histories, Hub};
 use crate::lanes::Lanes;
 use crate::listen::{self, Public};
 use crate::memory::{self, Memory};
-use crate::metrics::Metrics;
+use crate::metrics::{Insecure, Metrics};
 use crate::presence::{self, Presence, Store};
 use crate::presence_reader::{self, Questions};
 use crate::presence_redis::{self, RedisStore};
@@ -101,6 +102,8 @@ impl Gateway {
         let api_keys = ApiKeys::load(config.api_keys.clone()).map_err(anyhow::Error::msg)?;
         let api_keys = Arc::new(api_keys);
         let tls = config.edge.tls.as_ref().map(Tls::load).transpose().map_err(anyhow::Error::msg)?.map(Arc::new);
+        let authenticator = config.auth.jwt.clone().map(Authenticator::load).transpose().map_err(anyhow::Error::msg)?;
+        let authenticator = authenticator.map(Arc::new);
         let redis = Redis::new(&config, &instance_id)?;
         let (cluster, questions) = Cluster::new(&config.redis_channel_prefix);
         let (presence, questions_of_presence) = presence(&config, redis.as_ref().map(Redis::servers));
@@ -126,9 +129,10 @@ impl Gateway {
                 }),
                 presence,
             }),
-            health: Arc::new(Health::new(redis.is_some())),
+            health: Arc::new(Health::new(redis.is_some(), config.auth.has_jwks())),
             cluster,
             servers: redis.as_ref().map(Redis::servers),
+            authenticator,
             history,
             publish_bytes_max: config.publish_bytes_max,
         });
@@ -144,6 +148,7 @@ impl Gateway {
             tasks.push(tokio::spawn(cluster::run(Arc::clone(&broker), questions)));
         }
         tasks.push(tokio::spawn(Arc::clone(&api_keys).watch(Arc::clone(&broker.shared))));
+        tasks.extend(authentication_tasks(&config, &broker));
         tasks.extend(tls.clone().map(|tls| tokio::spawn(tls.watch(Arc::clone(&broker.shared)))));
         let api = Arc::new(Api { broker: Arc::clone(&broker), keys: api_keys, body_timeout: config.handshake_timeout });
         let (handshake_timeout, drain_time) = (config.handshake_timeout, config.drain_time);
@@ -305,9 +310,9 @@ fn public(config: Config, broker: &Arc<Broker>, ended: &Arc<Ended>, tls: Option<
             message_bytes_max: config.message_bytes_max,
             subscriptions_max: config.subscriptions_max,
             allowances: config.limits.allowances(),
+            admission: Arc::new(Admission::new(&config.limits, connections_max(config.connections_max))),
             ping_interval: config.ping_interval,
         }),
-        admission: Admission::new(&config.limits, connections_max(config.connections_max)),
         refusals: Arc::new(Semaphore::new(RESERVED_FILES / 4)),
         handshake_timeout: config.handshake_timeout,
         write_timeout: config.write_timeout,
@@ -346,11 +351,13 @@ async fn sweep(shared: Arc<Shared>, liveness: Liveness) {
     loop {
         tokio::time::sleep(period).await;
         let now_us = clock::now_us();
+        // Tokens expire by the wall clock, wherever that jumps.
+        let now = (now_us, clock::unix_ms(now_us));
         // One frame for all, made now: its age is that of the pings.
         let ping = Frame::new(Opcode::Ping, &[]);
         let mut fanout = Fanout::default();
         for connection in &shared.connections {
-            connection.sweep(now_us, &ping, &liveness, &mut fanout);
+            connection.sweep(now, &ping, &liveness, &mut fanout);
         }
         shared.submit(&mut fanout);
     }
@@ -364,6 +371,26 @@ fn history_tasks(config: &Config, broker: &Arc<Broker>, questions: history_reade
     let key_prefix = config.redis_key_prefix.as_str().into();
     let reader = history_reader::run(Arc::clone(broker), key_prefix, questions);
     vec![tokio::spawn(reader), tokio::spawn(expire(Arc::clone(broker)))]
+}
+
+/// The tasks of authentication, and what an operator should see of it.
+fn authentication_tasks(config: &Config, broker: &Arc<Broker>) -> Vec<JoinHandle<()>> {
+    for (is_open, what, told) in [
+        (config.is_open_to_anybody(), Insecure::NoAuth, "anybody on the network may connect: HUBCAST_AUTH is none"),
+        (config.is_internal_open_to_anybody(), Insecure::Internal, "anybody on the network may use the API"),
+    ] {
+        if is_open {
+            broker.shared.metrics.insecure(what);
+            warn!("{told}");
+        }
+    }
+    let Some(authenticator) = &broker.authenticator else { return Vec::new() };
+    let revoked = format!("{}revoked", config.redis_key_prefix);
+    vec![
+        tokio::spawn(Arc::clone(authenticator).watch_files(Arc::clone(&broker.shared))),
+        tokio::spawn(Arc::clone(authenticator).watch_jwks(Arc::clone(broker))),
+        tokio::spawn(Arc::clone(authenticator).watch_revocations(Arc::clone(broker), revoked)),
+    ]
 }
 
 /// Has what is too old forgotten, where the history is here.

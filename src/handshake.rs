@@ -57,6 +57,8 @@ pub struct Handshake {
     pub mode: Mode,
     /// Who it says it is (`?user=`): nobody checks it without authentication.
     pub user: Option<Box<str>>,
+    /// Its token (`Authorization: Bearer` or `?token=`), which nothing may log.
+    pub token: Option<Box<str>>,
     /// The 101 answer.
     pub response: Response<Full<Bytes>>,
 }
@@ -83,6 +85,7 @@ pub fn check(request: &mut Request<Incoming>, is_echo_on: bool, origins: &Origin
         (false, _) => Mode::Json(channels(request.uri().query())),
     };
     let user = user(request.uri().query())?;
+    let token = token(request);
     // The crate computes the accept key; the connection itself is taken over by our own code.
     let (answer, _) = fastwebsockets::upgrade::upgrade(&mut *request)
         .map_err(|error| bad_handshake(StatusCode::BAD_REQUEST, &error.to_string()))?;
@@ -90,7 +93,7 @@ pub fn check(request: &mut Request<Incoming>, is_echo_on: bool, origins: &Origin
     if let Some(name) = subprotocol {
         response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(name));
     }
-    Ok(Handshake { mode, user, response })
+    Ok(Handshake { mode, user, token, response })
 }
 
 /// RFC 6455 §4.2.1, in the order in which a client would have to mend it.
@@ -158,9 +161,28 @@ fn user(query: Option<&str>) -> Result<Option<Box<str>>, Refusal> {
     match parameters(query, "user").as_slice() {
         [] => Ok(None),
         [user] if user.is_empty() => Ok(None),
-        [user] if user.len() <= USER_BYTES_MAX && !user.chars().any(char::is_control) => Ok(Some(user.as_str().into())),
+        [user] if check_user(user) => Ok(Some(user.as_str().into())),
         _ => Err(bad_handshake(StatusCode::BAD_REQUEST, "user is one name of at most 128 printable bytes")),
     }
+}
+
+/// Whether a user can have this name.
+pub fn check_user(user: &str) -> bool {
+    user.len() <= USER_BYTES_MAX && !user.chars().any(char::is_control)
+}
+
+/// The token of the `Authorization` header, or else of the query, which is all that a browser can set.
+fn token(request: &Request<Incoming>) -> Option<Box<str>> {
+    let header = bearer(request.headers()).and_then(|token| std::str::from_utf8(token).ok());
+    let query = || parameters(request.uri().query(), "token").into_iter().next();
+    header.map(|token| token.trim().into()).or_else(|| query().map(Into::into))
+}
+
+/// What follows `Bearer` in the `Authorization` header (RFC 6750 §2.1).
+pub fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
+    let value = headers.get(header::AUTHORIZATION)?.as_bytes();
+    let (scheme, token) = value.split_at_checked("Bearer ".len())?;
+    scheme.eq_ignore_ascii_case(b"Bearer ").then_some(token)
 }
 
 fn parameters(query: Option<&str>, name: &str) -> Vec<String> {

@@ -6,13 +6,24 @@ use std::sync::atomic::{AtomicBool, Ordering};
 #[derive(Debug)]
 pub struct Health {
     is_redis_up: AtomicBool,
+    has_keys: AtomicBool,
     draining: AtomicBool,
 }
 
 impl Health {
-    /// Not draining; with Redis, not ready before a server can be published to and listened to.
-    pub fn new(with_redis: bool) -> Self {
-        Self { is_redis_up: AtomicBool::new(!with_redis), draining: AtomicBool::new(false) }
+    /// Not draining; with Redis, not ready before a server can be published to and listened to, and not before keys
+    /// are there that have to be fetched.
+    pub fn new(with_redis: bool, with_jwks: bool) -> Self {
+        Self {
+            is_redis_up: AtomicBool::new(!with_redis),
+            has_keys: AtomicBool::new(!with_jwks),
+            draining: AtomicBool::new(false),
+        }
+    }
+
+    /// Notes that the keys of tokens were fetched: from now on some are known.
+    pub fn keys_are_there(&self) {
+        self.has_keys.store(true, Ordering::Relaxed);
     }
 
     /// Notes whether any Redis server is usable. Messages do not need the registry's link.
@@ -32,7 +43,11 @@ impl Health {
 
     /// What is not ready, by name.
     pub fn not_ready(&self) -> Vec<&'static str> {
-        let conditions = [(!self.is_redis_up.load(Ordering::Relaxed), "redis"), (self.is_draining(), "draining")];
+        let conditions = [
+            (!self.is_redis_up.load(Ordering::Relaxed), "redis"),
+            (!self.has_keys.load(Ordering::Relaxed), "jwks"),
+            (self.is_draining(), "draining"),
+        ];
         conditions.into_iter().filter_map(|(is_missing, name)| is_missing.then_some(name)).collect()
     }
 }

@@ -348,6 +348,11 @@ impl<S: Subscriber> Subscriptions<S> {
         self.joined.is_empty()
     }
 
+    /// The names of the channels.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.joined.iter().map(|(channel, _)| channel.name())
+    }
+
     /// Whether the channel is among them.
     pub fn contains(&self, name: &str) -> bool {
         self.position(name).is_some()

@@ -16,6 +16,10 @@
 //! `dispatch` (carried out, answered) → `hub` (join, or leave) → with Redis, `multiplexer` confirms the channel and lets the
 //! subscriber in.
 //!
+//! # Who it is, and what it may do
+//! `listen` (a token in the handshake) or `pass` (by a command) → `authenticator` (`jwt` by keys of `auth_config`, `jwks`; not those of
+//! `revocation`) → `identity` (user, capabilities: `pattern`s) → `access`, which decides from it and the channel's rule, for each command.
+//!
 //! # How much of it
 //! `admission` (before the upgrade: `guests`, by address and user) → `allowance` (what one connection may do, in `meter`s) →
 //! `ledger` (what waits in all) → `memory` (nobody new, then who is slow goes).
@@ -44,7 +48,7 @@
 //! 2. After the upgrade a socket is written only by whoever holds its outbox's write right
 //!    (TLS records that it holds back are `socket`'s); only
 //!    `multiplexer`, `publisher`, `inbox`, `registry`, `commands`, `presence_redis` (through it `presence_writer`),
-//!    `history_redis` (through it `repair` and `history_reader`), `replication` and the `redis_*` modules know Redis; only `config` reads the environment.
+//!    `revocation`, `history_redis` (through it `repair` and `history_reader`), `replication` and the `redis_*` modules know Redis; only `config` reads the environment.
 //! 3. Every queue has a bound and a named policy when full.
 //! 4. A publication is encoded once per wire format, however many subscribers it has.
 //! 5. One order per channel: a publication's walk, joins and leaves run whole under the channel's lock.
@@ -54,6 +58,7 @@
 //!    except the publish itself.
 //! 8. A subscriber is told `subscribed` only when the channel is live.
 
+pub mod auth_config;
 pub mod config;
 pub mod edge_config;
 pub mod gateway;
@@ -68,6 +73,16 @@ pub mod ledger;
 pub mod memory;
 pub mod meter;
 pub mod turned_away;
+
+pub mod access;
+pub mod authenticator;
+pub mod identity;
+pub mod jwks;
+pub mod jwt;
+pub mod pass;
+pub mod pattern;
+pub mod revocation;
+pub mod token;
 
 pub mod dispatch;
 pub mod ending;
@@ -104,6 +119,7 @@ pub mod ticket;
 
 pub mod backlog;
 pub mod behind;
+pub mod caller;
 pub mod close;
 pub mod connection;
 pub mod eviction;
@@ -111,6 +127,7 @@ pub mod frame;
 pub mod lanes;
 pub mod outbox;
 pub mod outbox_state;
+pub mod shared;
 pub mod slow_policy;
 pub mod socket;
 pub mod telling;
@@ -152,6 +169,7 @@ pub mod presence_store;
 pub mod presence_writer;
 
 pub mod clock;
+pub mod labels;
 pub mod metrics;
 pub mod reload;
 pub mod sharded;

@@ -20,9 +20,12 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
-use crate::admission::{Admission, Denied, Pending, Place};
+use crate::access::{self, Who};
+use crate::admission::{Denied, Pending, Place};
 use crate::answer::ApiError;
 use crate::api::Api;
+use crate::authenticator::Authenticator;
+use crate::caller::Caller;
 use crate::clock::{self, micros};
 use crate::close::CloseReason;
 use crate::connection::Connection;
@@ -30,8 +33,12 @@ use crate::gateway::Ended;
 use crate::guests::Stay;
 use crate::handshake::Mode;
 use crate::handshake::{self, Handshake};
+use crate::identity::Action;
+use crate::jwt::Fault;
 use crate::metrics::{Metrics, Refused};
 use crate::origin::Origins;
+use crate::pass::Pass;
+use crate::protocol::{ErrorCode, Refusal};
 use crate::proxies::Proxies;
 use crate::proxy_protocol;
 use crate::session::{Session, SessionContext};
@@ -53,8 +60,6 @@ const ACCEPT_PAUSE_MAX: Duration = Duration::from_millis(100);
 pub struct Public {
     /// What sessions share.
     pub sessions: Arc<SessionContext>,
-    /// Who is let in.
-    pub admission: Admission,
     /// A permit per connection that is not, while it is told so and no place is to spare.
     pub refusals: Arc<Semaphore>,
     /// `HUBCAST_HANDSHAKE_TIMEOUT`
@@ -80,7 +85,7 @@ pub async fn public(listener: TcpListener, public: Arc<Public>) {
     loop {
         let (socket, remote) = accept(&listener, public.metrics()).await;
         let is_tight = public.sessions.broker.shared.memory.is_tight();
-        match public.admission.admit(public.own_address(remote), is_tight, clock::now_us()) {
+        match public.sessions.admission.admit(public.own_address(remote), is_tight, clock::now_us()) {
             Ok((place, pending)) => {
                 let public = Arc::clone(&public);
                 tokio::spawn(async move { public.serve(socket, remote, (place, pending)).await });
@@ -163,7 +168,7 @@ type Stays = (Stay<Box<str>>, Option<Stay<IpAddr>>);
 struct Accepted {
     upgrade: OnUpgrade,
     mode: Mode,
-    user: Option<Box<str>>,
+    caller: Caller,
     stay: Stays,
     remote: SocketAddr,
 }
@@ -180,7 +185,8 @@ impl Public {
             // A handshake to say so would cost more than letting him in; without one he could not read it.
             return;
         }
-        let permit = self.admission.spare_place().or_else(|| Arc::clone(&self.refusals).try_acquire_owned().ok());
+        let permit =
+            self.sessions.admission.spare_place().or_else(|| Arc::clone(&self.refusals).try_acquire_owned().ok());
         match permit {
             Some(permit) => drop(tokio::spawn(async move {
                 turned_away::tell(socket, denied).await;
@@ -194,18 +200,23 @@ impl Public {
     async fn serve(&self, socket: TcpStream, peer: SocketAddr, (_place, pending): (Place, Pending)) {
         // Boxed, so that the HTTP phase's memory is gone while the session lives.
         let Some(upgraded) = Box::pin(self.handshake(socket, peer)).await else { return };
-        drop(pending);
-        let Upgraded { socket, behind, accepted: Accepted { mode, user, remote, stay: _stay, .. } } = upgraded;
+        let Upgraded { socket, behind, accepted: Accepted { mode, caller, remote, stay: _stay, .. } } = upgraded;
+        // A stranger's handshake goes on until it has shown who it is.
+        let pass = match (&caller, pending) {
+            (Caller::Unasked(_), _) => None,
+            (Caller::Known(identity), _) => Some(Pass::known(Arc::clone(identity))),
+            (Caller::Stranger(_), pending) => Some(Pass::stranger(pending)),
+        };
         self.tune(socket.tcp());
         let mut guard = self.ended.enter();
         let shared = Arc::clone(&self.sessions.broker.shared);
         let first_ping_us = clock::now_us() + first_ping(self.sessions.ping_interval);
-        let connection = Connection::open(shared, socket, remote, user, mode.format(), first_ping_us);
+        let connection = Connection::open(shared, socket, remote, caller, mode.format(), first_ping_us);
         if self.sessions.broker.health.is_draining() {
             // The drain began during the handshake, and may have closed everybody it knew of.
             connection.close(CloseReason::Drain);
         }
-        let session = Session::new(connection, Arc::clone(&self.sessions), &behind, mode == Mode::Echo);
+        let session = Session::new(connection, Arc::clone(&self.sessions), pass, &behind, mode == Mode::Echo);
         drop(behind);
         guard.end = session.run(mode).await;
     }
@@ -261,7 +272,7 @@ impl Public {
         let accepted: Mutex<Option<Accepted>> = Mutex::new(None);
         let service = service_fn(|request: Request<Incoming>| {
             let answer = self.answer(request, peer, &accepted);
-            async move { Ok::<_, io::Error>(answer) }
+            async move { Ok::<_, io::Error>(answer.await) }
         });
         let connection =
             http_builder(self.handshake_timeout).serve_connection(TokioIo::new(stream), service).with_upgrades();
@@ -280,7 +291,7 @@ impl Public {
         Some((parts.io.into_inner(), parts.read_buf, accepted))
     }
 
-    fn answer(
+    async fn answer(
         &self,
         mut request: Request<Incoming>,
         peer: SocketAddr,
@@ -294,14 +305,14 @@ impl Public {
         let upgrade = hyper::upgrade::on(&mut request);
         let remote = self.proxies.client(peer, request.headers());
         match handshake::check(&mut request, self.is_echo_on, &self.origins) {
-            Ok(Handshake { mode, user, response }) => match self.admit_guest(user.as_deref(), peer, remote) {
-                Ok(stay) => {
-                    *accepted.lock() = Some(Accepted { upgrade, mode, user, remote, stay });
-                    response
+            Ok(handshake) => match self.let_in(&handshake, peer, remote).await {
+                Ok((caller, stay)) => {
+                    *accepted.lock() = Some(Accepted { upgrade, mode: handshake.mode, caller, remote, stay });
+                    handshake.response
                 }
-                Err(denied) => {
-                    self.metrics().refused(denied.why);
-                    ApiError::denied(&denied).last_response()
+                Err((why, error)) => {
+                    self.metrics().refused(why);
+                    error.last_response()
                 }
             },
             Err(refusal) => {
@@ -309,6 +320,55 @@ impl Public {
                 *refusal.response
             }
         }
+    }
+
+    /// Who it is, as far as it says so in the handshake, and whether he may come.
+    async fn let_in(
+        &self,
+        handshake: &Handshake,
+        peer: SocketAddr,
+        remote: SocketAddr,
+    ) -> Result<(Caller, Stays), (Refused, ApiError)> {
+        let caller = self.recognise(handshake).await?;
+        let user = match &caller {
+            Caller::Unasked(user) => user.as_deref(),
+            Caller::Known(identity) => identity.user.as_deref(),
+            Caller::Stranger(_) => None,
+        };
+        let stay = self.admit_guest(user, peer, remote);
+        let stay = stay.map_err(|denied| (denied.why, ApiError::denied(&denied)))?;
+        Ok((caller, stay))
+    }
+
+    /// Verifies the token, where one is needed and is there.
+    async fn recognise(&self, handshake: &Handshake) -> Result<Caller, (Refused, ApiError)> {
+        let broker = &self.sessions.broker;
+        let (Some(authenticator), false) = (&broker.authenticator, handshake.mode == Mode::Echo) else {
+            return Ok(Caller::Unasked(handshake.user.clone()));
+        };
+        let refused = |code: ErrorCode, text| (Refused::Unauthorized, code.with(text));
+        if handshake.user.is_some() {
+            return Err(refused(ErrorCode::BadRequest, "the user is the token's sub: leave ?user= away"));
+        }
+        let outcome = match (&handshake.token, &handshake.mode) {
+            (Some(token), _) => authenticator.authenticate(token).await,
+            // It has no other way to show one.
+            (None, Mode::Raw(_)) => Err(Fault::Missing),
+            (None, _) => {
+                let until_us = clock::now_us() + micros(self.handshake_timeout);
+                return Ok(Caller::Stranger(clock::unix_ms(until_us)));
+            }
+        };
+        Authenticator::count(self.metrics(), &outcome);
+        let identity = outcome.map_err(|_| refused(ErrorCode::Unauthorized, "a valid token is needed"))?;
+        if let Mode::Raw(channel) = &handshake.mode {
+            let who = Who { user: identity.user.as_deref(), capabilities: &identity.capabilities, grant: None };
+            access::decide(&self.sessions.rules, Some(who), Action::Subscribe, channel).map_err(|forbidden| {
+                self.metrics().forbidden(Action::Subscribe);
+                (Refused::Forbidden, Refusal::from(forbidden).into())
+            })?;
+        }
+        Ok(Caller::Known(Arc::new(identity)))
     }
 
     /// The address that a connection counts for at once; a proxy's clients count for theirs once it is told.
@@ -319,9 +379,8 @@ impl Public {
     fn admit_guest(&self, user: Option<&str>, peer: SocketAddr, remote: SocketAddr) -> Result<Stays, Denied> {
         let now_us = clock::now_us();
         let is_told = self.is_behind_proxy || self.proxies.trust(peer.ip());
-        let address = is_told.then(|| self.admission.admit_address(remote.ip(), now_us)).transpose()?;
-        let user = user.map_or(Ok(Stay::default()), |user| self.admission.admit_user(user, now_us))?;
-        Ok((user, address))
+        let address = is_told.then(|| self.sessions.admission.admit_address(remote.ip(), now_us)).transpose()?;
+        Ok((self.sessions.admission.admit_user(user, now_us)?, address))
     }
 
     /// Options that keep the kernel from hiding a stalled client. A socket that refuses them is about to fail anyway.

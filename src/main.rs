@@ -7,17 +7,20 @@ use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::Parser;
+use clap::{Args, Parser, Subcommand};
 use hubcast::config::Config;
 use hubcast::gateway::{self, Gateway};
+use hubcast::token::{self, Wanted};
 use hubcast::variables::VARIABLES;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 
 /// A WebSocket broadcast gateway: publish once, every subscriber has it.
 #[derive(Parser)]
-#[command(version, after_help = environment_help())]
+#[command(version, after_help = environment_help(), args_conflicts_with_subcommands = true)]
 struct Options {
+    #[command(subcommand)]
+    command: Option<Action>,
     /// Print the effective configuration, secrets masked, and end
     #[arg(long)]
     print_config: bool,
@@ -27,6 +30,54 @@ struct Options {
     /// Serve /echo for WebSocket conformance tests
     #[arg(long)]
     echo: bool,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Mint a token for development, signed with HUBCAST_JWT_SECRET; or explain one
+    #[command(args_conflicts_with_subcommands = true)]
+    Token {
+        #[command(subcommand)]
+        explain: Option<Explain>,
+        #[command(flatten)]
+        wanted: TokenOptions,
+    },
+}
+
+#[derive(Args)]
+struct TokenOptions {
+    /// Whose it is (`sub`)
+    #[arg(long, value_name = "NAME")]
+    user: Option<String>,
+    /// By which it can be revoked (`jti`)
+    #[arg(long, value_name = "ID")]
+    id: Option<String>,
+    /// May subscribe to a channel, or to all of a pattern such as chat:*; may be repeated, as the next ones
+    #[arg(long, value_name = "PATTERN")]
+    subscribe: Vec<String>,
+    /// May publish there
+    #[arg(long, value_name = "PATTERN")]
+    publish: Vec<String>,
+    /// May ask who is there
+    #[arg(long, value_name = "PATTERN")]
+    presence: Vec<String>,
+    /// May ask what was published there
+    #[arg(long, value_name = "PATTERN")]
+    history: Vec<String>,
+    /// How long it is good for
+    #[arg(long, value_name = "DURATION", default_value = "1h")]
+    expires_in: humantime::Duration,
+}
+
+#[derive(Subcommand)]
+enum Explain {
+    /// Say whether the gateway would take a token, and what it allows, on these channels or at all
+    Explain {
+        /// The token
+        token: String,
+        /// Channels
+        channels: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -40,6 +91,9 @@ fn main() -> ExitCode {
         Err(error) => return refuse(&error.to_string()),
     };
     config.echo = options.echo;
+    if let Some(Action::Token { explain, wanted }) = options.command {
+        return token_command(&config, explain, wanted);
+    }
     if options.print_config {
         say(config.print(gateway::connections_max(config.connections_max)).trim_end());
         return ExitCode::SUCCESS;
@@ -50,6 +104,30 @@ fn main() -> ExitCode {
     match runtime.context("cannot start the runtime").and_then(|runtime| runtime.block_on(run(config))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => refuse(&format!("{error:#}")),
+    }
+}
+
+/// `hubcast token`
+fn token_command(config: &Config, explain: Option<Explain>, wanted: TokenOptions) -> ExitCode {
+    let outcome = match explain {
+        Some(Explain::Explain { token, channels }) => {
+            match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime.block_on(token::explain(config, &token, &channels)),
+                Err(error) => Err(error.to_string()),
+            }
+        }
+        None => {
+            let TokenOptions { user, id, subscribe, publish, presence, history, expires_in } = wanted;
+            let wanted = Wanted { user, id, subscribe, publish, presence, history };
+            token::mint(config, &wanted, expires_in.as_secs())
+        }
+    };
+    match outcome {
+        Ok(text) => {
+            say(text.trim_end());
+            ExitCode::SUCCESS
+        }
+        Err(error) => refuse(&format!("token: {error}")),
     }
 }
 

@@ -14,153 +14,12 @@ use prometheus_client::registry::Registry;
 use crate::clock;
 use crate::close::CloseReason;
 use crate::fanout::Fanout;
+use crate::identity::Action;
+use crate::jwt::Fault;
 use crate::sharded::{Count, Histogram};
 use crate::writer::Writer;
 
-/// Where a publication came from.
-#[derive(Clone, Copy, Debug)]
-pub enum Source {
-    /// A client's `publish` command.
-    Socket,
-    /// The HTTP API.
-    Http,
-    /// A Redis channel; with Redis, what clients and the API publish comes back here too.
-    Redis,
-}
-
-/// Why frames or messages were dropped.
-#[derive(Clone, Copy, Debug)]
-pub enum Drop {
-    /// They waited for a slow consumer, or came for one.
-    SlowConsumer,
-    /// They waited for a connection that was lost or did not answer.
-    ConnectionLost,
-    /// The queue behind the Redis link was full; the channel is told a gap.
-    RedisQueueFull,
-    /// A Redis message above `HUBCAST_PUBLISH_BYTES_MAX`; the channel is told a gap.
-    RedisTooLarge,
-    /// A Redis message that begins like a presence event, and is none.
-    PresenceUnreadable,
-    /// The oldest that waited for a slow consumer, or came for one for which nothing else could go.
-    DropOldest,
-    /// They waited for a slow consumer, and a newer one of the same key came.
-    Conflated,
-}
-
-/// A limit that somebody who is connected met.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Limited {
-    /// `HUBCAST_COMMANDS_PER_SECOND`
-    Commands,
-    /// `HUBCAST_PUBLISHES_PER_SECOND`
-    Publishes,
-    /// `HUBCAST_PINGS_PER_SECOND`
-    Pings,
-    /// `HUBCAST_BAD_REQUESTS_PER_MINUTE`
-    BadRequests,
-    /// `HUBCAST_BYTES_PER_SECOND`
-    Bytes,
-    /// `HUBCAST_SUBSCRIPTIONS_MAX`
-    Subscriptions,
-    /// `HUBCAST_CHANNELS_MAX`
-    Channels,
-    /// `HUBCAST_MEMORY_MAX`
-    Memory,
-}
-
-impl Limited {
-    const LABELS: [&'static str; 8] =
-        ["commands", "publishes", "pings", "bad_requests", "bytes", "subscriptions", "channels", "memory"];
-}
-
-/// Why a connection was refused before the upgrade.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refused {
-    /// `HUBCAST_CONNECTIONS_MAX` is reached.
-    Limit,
-    /// The gateway is draining.
-    Draining,
-    /// Not a WebSocket handshake that RFC 6455 §4.2.1 allows.
-    Handshake,
-    /// Nothing complete arrived within `HUBCAST_HANDSHAKE_TIMEOUT`.
-    Timeout,
-    /// A web page that `HUBCAST_ORIGINS` does not allow.
-    Origin,
-    /// `HUBCAST_HANDSHAKES_PER_SECOND` is reached.
-    Rate,
-    /// `HUBCAST_HANDSHAKES_PENDING_MAX` is reached.
-    Pending,
-    /// `HUBCAST_HANDSHAKES_PER_ADDRESS` is reached.
-    AddressRate,
-    /// `HUBCAST_CONNECTIONS_PER_ADDRESS` is reached.
-    AddressConnections,
-    /// `HUBCAST_CONNECTIONS_PER_USER` is reached.
-    UserConnections,
-    /// Not from a listed proxy, or without its header, and `HUBCAST_PROXY_PROTOCOL` is on.
-    ProxyProtocol,
-    /// The TLS handshake failed.
-    Tls,
-    /// Three quarters of `HUBCAST_MEMORY_MAX` are taken.
-    Memory,
-}
-
-impl Refused {
-    const LABELS: [&'static str; 13] = [
-        "limit",
-        "draining",
-        "handshake",
-        "timeout",
-        "origin",
-        "rate",
-        "pending",
-        "address_rate",
-        "address_connections",
-        "user_connections",
-        "proxy_protocol",
-        "tls",
-        "memory",
-    ];
-}
-
-/// Why an API request was refused.
-#[derive(Clone, Copy, Debug)]
-pub enum ApiRefused {
-    /// It had no key, and one is needed.
-    NoKey,
-    /// Its key is none of `HUBCAST_API_KEYS`.
-    WrongKey,
-    /// Its key is not good for what it asked for.
-    NoRight,
-}
-
-/// Files that are read again when they change.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reloaded {
-    /// Those of `HUBCAST_API_KEYS`.
-    ApiKeys,
-    /// `HUBCAST_TLS_CERT` and `HUBCAST_TLS_KEY`.
-    Certificate,
-}
-
-impl Reloaded {
-    const LABELS: [&'static str; 2] = ["api_keys", "certificate"];
-
-    /// The label.
-    pub fn as_str(self) -> &'static str {
-        Self::LABELS[self as usize]
-    }
-}
-
-/// Which Redis connection.
-#[derive(Clone, Copy, Debug)]
-pub enum Link {
-    /// The multiplexer's.
-    Subscribe,
-    /// The publisher's.
-    Publish,
-    /// The registry's.
-    Registry,
-}
+pub use crate::labels::{ApiRefused, Drop, Insecure, Limited, Link, Refused, Reloaded, Source};
 
 /// The statuses that API answers are counted under; any other one is `other`.
 const STATUSES: [&str; 13] =
@@ -182,6 +41,11 @@ pub struct Metrics {
     api_refused: Labelled<3>,
     limited: Labelled<{ Limited::LABELS.len() }>,
     ledger: [Gauge; 2],
+    authentications: Labelled<{ Fault::LABELS.len() + 1 }>,
+    forbidden: Labelled<{ Action::ALL.len() }>,
+    insecure: [Gauge; Insecure::LABELS.len()],
+    /// Users and tokens that are revoked and could still be shown.
+    pub revocations: Gauge,
     reloads: Labelled<{ Reloaded::LABELS.len() }>,
     reload_failed: [Gauge; Reloaded::LABELS.len()],
     api_answers: Labelled<{ STATUSES.len() }>,
@@ -254,20 +118,18 @@ impl Default for Metrics {
             api_refused: api_refused(r),
             limited: limited(r),
             ledger: ledger(r),
-            reloads: labelled(r, "reloads", "Files read anew since they changed", "file", Reloaded::LABELS),
+            authentications: authentications(r),
+            forbidden: forbidden(r),
+            insecure: insecure(r),
+            revocations: register(r, "revocations", "Users and tokens that are revoked"),
+            reloads: reloads(r),
             reload_failed: reload_failed(r),
             api_answers: api_answers(r),
             panics: register(r, "panics", "Connections whose task panicked"),
             accept_errors: register(r, "accept_errors", "Failed accept calls"),
             subscriptions: register(r, "subscriptions", "Subscriptions, pending ones included"),
             channels: register(r, "channels", "Channels with a subscription"),
-            publications: labelled(
-                r,
-                "publications",
-                "Publications taken in, by source",
-                "source",
-                ["socket", "http", "redis"],
-            ),
+            publications: publications(r),
             deliveries: register(r, "deliveries", "Publications put into outboxes"),
             frames_sent: register(r, "frames_sent", "Frames written to sockets"),
             writes: register(r, "writes", "System calls that wrote them"),
@@ -333,6 +195,21 @@ impl Metrics {
     /// Counts an API request that was refused.
     pub fn api_refused(&self, why: ApiRefused) {
         self.api_refused[why as usize].inc();
+    }
+
+    /// Counts a token that was taken, or why not.
+    pub fn authenticated(&self, fault: Option<&Fault>) {
+        self.authentications[fault.map_or(0, |fault| fault.index() + 1)].inc();
+    }
+
+    /// Counts what somebody may not do.
+    pub fn forbidden(&self, action: Action) {
+        self.forbidden[action as usize].inc();
+    }
+
+    /// Notes what an operator has said may be open to anybody.
+    pub fn insecure(&self, what: Insecure) {
+        self.insecure[what as usize].set(1);
     }
 
     /// Counts files that were read anew, or notes that they cannot be used.
@@ -450,6 +327,32 @@ fn dropped(registry: &mut Registry) -> Labelled<7> {
 fn recoveries(registry: &mut Registry) -> Labelled<2> {
     let help = "Subscriptions with a cursor to go on from, by whether nothing was missing";
     labelled(registry, "recoveries", help, "recovered", ["false", "true"])
+}
+
+fn reloads(registry: &mut Registry) -> Labelled<{ Reloaded::LABELS.len() }> {
+    labelled(registry, "reloads", "Files and keys read anew", "file", Reloaded::LABELS)
+}
+
+fn publications(registry: &mut Registry) -> Labelled<3> {
+    let sources = ["socket", "http", "redis"];
+    labelled(registry, "publications", "Publications taken in, by source", "source", sources)
+}
+
+fn authentications(registry: &mut Registry) -> Labelled<{ Fault::LABELS.len() + 1 }> {
+    let mut results = ["accepted"; Fault::LABELS.len() + 1];
+    results[1..].copy_from_slice(&Fault::LABELS);
+    labelled(registry, "authentications", "Tokens that were shown, by what came of it", "result", results)
+}
+
+fn forbidden(registry: &mut Registry) -> Labelled<{ Action::ALL.len() }> {
+    let help = "What somebody asked for without the right to it";
+    labelled(registry, "forbidden", help, "action", Action::ALL.map(Action::as_str))
+}
+
+fn insecure(registry: &mut Registry) -> [Gauge; Insecure::LABELS.len()] {
+    let family = Family::<Labels, Gauge>::default();
+    registry.register("insecure", "1 where the configuration lets anybody in, on purpose", family.clone());
+    Insecure::LABELS.map(|what| family.get_or_create_owned(&[("what", what)]))
 }
 
 fn reload_failed(registry: &mut Registry) -> [Gauge; Reloaded::LABELS.len()] {

@@ -21,6 +21,8 @@ pub const SUBPROTOCOL_RAW: &str = "hubcast.raw.v1";
 /// Longest request id, in bytes of JSON; it is copied into the reply.
 const ID_BYTES_MAX: usize = 256;
 
+const TOKEN_TEXT: &str = "token is a string";
+
 /// Longest error message, in bytes.
 const MESSAGE_BYTES_MAX: usize = 200;
 
@@ -38,9 +40,9 @@ pub enum ErrorCode {
     BadRequest,
     /// The command's `type` is not known.
     UnknownType,
-    /// No API key, or a wrong one (HTTP API only so far).
+    /// No token or API key, or one that is not good.
     Unauthorized,
-    /// Not allowed by the channel's rule.
+    /// Not allowed by the channel's rule and the token.
     Forbidden,
     /// No such resource or route (HTTP API only).
     NotFound,
@@ -162,6 +164,11 @@ pub enum Command<'a> {
         /// Most events of the answer.
         limit: usize,
     },
+    /// Show a token.
+    Auth {
+        /// The token, which nothing may log.
+        token: Cow<'a, str>,
+    },
     /// Answered by `pong`.
     Ping,
 }
@@ -176,6 +183,8 @@ pub struct Wanted<'a> {
     pub channel: Cow<'a, str>,
     /// Where the client stands. A text that no cursor of ours can be stands nowhere.
     pub after: Option<Cursor>,
+    /// A token for this channel.
+    pub token: Option<Cow<'a, str>>,
 }
 
 /// Reads one text frame and hands each of its commands to `handle`, in order.
@@ -232,6 +241,8 @@ struct Members<'a> {
     limit: Option<&'a RawValue>,
     #[serde(borrow)]
     page: Option<&'a RawValue>,
+    #[serde(borrow, default, deserialize_with = "present")]
+    token: Option<&'a RawValue>,
 }
 
 /// Keeps a JSON `null` apart from an absent member.
@@ -278,6 +289,10 @@ fn command<'a>(members: &Members<'a>) -> Result<Command<'a>, Refusal> {
             let limit = history_limit(members.limit.map_or("", RawValue::get))?;
             Ok(Command::History { channel, range: history_range(after.as_deref(), before.as_deref())?, limit })
         }
+        "auth" => {
+            let token = text(members.token, TOKEN_TEXT)?.ok_or_else(|| Refusal::bad_request("token is missing"))?;
+            Ok(Command::Auth { token })
+        }
         "ping" => Ok(Command::Ping),
         _ => Err(Refusal::new(ErrorCode::UnknownType, "this type is not known")),
     }
@@ -323,7 +338,7 @@ pub fn history_limit(text: &str) -> Result<usize, Refusal> {
 
 fn one_channel<'a>(members: &Members<'a>) -> Result<Cow<'a, str>, Refusal> {
     let channel = members.channel.ok_or_else(|| Refusal::bad_request("channel is missing"))?;
-    raw_target(channel, None).map(|wanted| wanted.channel).map_err(|(_, refusal)| refusal)
+    raw_target(channel, None, None).map(|wanted| wanted.channel).map_err(|(_, refusal)| refusal)
 }
 
 fn text<'a>(raw: Option<&'a RawValue>, what: &'static str) -> Result<Option<Cow<'a, str>>, Refusal> {
@@ -332,7 +347,7 @@ fn text<'a>(raw: Option<&'a RawValue>, what: &'static str) -> Result<Option<Cow<
 
 fn targets<'a>(members: &Members<'a>) -> Result<Vec<Target<'a>>, Refusal> {
     match (members.channel, members.channels) {
-        (Some(channel), None) => Ok(vec![raw_target(channel, members.after)]),
+        (Some(channel), None) => Ok(vec![raw_target(channel, members.after, members.token)]),
         (None, Some(channels)) => {
             let channels = serde_json::from_str::<Vec<&RawValue>>(channels.get())
                 .map_err(|_| Refusal::bad_request("channels must be an array"))?;
@@ -345,10 +360,10 @@ fn targets<'a>(members: &Members<'a>) -> Result<Vec<Target<'a>>, Refusal> {
     }
 }
 
-/// A name, or an object with one. What else the object has is for features that are not on here.
+/// A name, or an object with one.
 fn batch_element(element: &RawValue) -> Target<'_> {
     if !element.get().starts_with('{') {
-        return raw_target(element, None);
+        return raw_target(element, None, None);
     }
     #[derive(Deserialize)]
     struct Element<'a> {
@@ -356,20 +371,22 @@ fn batch_element(element: &RawValue) -> Target<'_> {
         channel: &'a RawValue,
         #[serde(borrow, default, deserialize_with = "present")]
         after: Option<&'a RawValue>,
+        #[serde(borrow, default, deserialize_with = "present")]
+        token: Option<&'a RawValue>,
     }
     match serde_json::from_str::<Element<'_>>(element.get()) {
-        Ok(element) => raw_target(element.channel, element.after),
+        Ok(element) => raw_target(element.channel, element.after, element.token),
         Err(_) => Err((Cow::Borrowed(""), Refusal::bad_request("channel is missing"))),
     }
 }
 
-fn raw_target<'a>(raw: &'a RawValue, after: Option<&'a RawValue>) -> Target<'a> {
+fn raw_target<'a>(raw: &'a RawValue, after: Option<&'a RawValue>, token: Option<&'a RawValue>) -> Target<'a> {
     let Some(name) = string(raw) else {
         return Err((Cow::Borrowed(""), Refusal::bad_request("a channel is a string")));
     };
     let wanted = target(name)?;
-    match text(after, "after is a cursor") {
-        Ok(after) => Ok(Wanted { after: after.and_then(|after| Cursor::parse(&after)), ..wanted }),
+    match text(after, "after is a cursor").and_then(|after| Ok((after, text(token, TOKEN_TEXT)?))) {
+        Ok((after, token)) => Ok(Wanted { after: after.and_then(|after| Cursor::parse(&after)), token, ..wanted }),
         Err(refusal) => Err((wanted.channel, refusal)),
     }
 }
@@ -377,7 +394,7 @@ fn raw_target<'a>(raw: &'a RawValue, after: Option<&'a RawValue>) -> Target<'a> 
 /// A channel by the name that somebody gave.
 pub fn target(name: Cow<'_, str>) -> Target<'_> {
     match check_channel_name(&name) {
-        Ok(()) => Ok(Wanted { channel: name, after: None }),
+        Ok(()) => Ok(Wanted { channel: name, after: None, token: None }),
         Err(refusal) => Err((name, refusal)),
     }
 }

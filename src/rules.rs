@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, de::Error as _};
 
 use crate::history_store::Retention;
+use crate::pattern::Pattern;
 use crate::slow_policy::{Pointer, SlowPolicy};
 
 /// The rules in order; the first match wins.
@@ -27,8 +28,10 @@ impl std::fmt::Display for ChannelRules {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ChannelRule {
-    #[serde(rename = "match")]
-    pattern: String,
+    #[serde(rename = "match", deserialize_with = "pattern")]
+    pattern: Pattern,
+    #[serde(default)]
+    access: Option<AccessRule>,
     #[serde(default)]
     client_publish: bool,
     #[serde(default)]
@@ -43,6 +46,27 @@ struct ChannelRule {
     latest_by: Option<Pointer>,
     #[serde(default, deserialize_with = "coalesce")]
     coalesce: Option<Duration>,
+}
+
+/// What a rule says of who may come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum AccessRule {
+    /// Everybody who is authenticated.
+    Public,
+    /// Whoever has a token that grants it.
+    Token,
+}
+
+/// Who may subscribe to a channel, as far as its rule says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Audience<'a> {
+    /// Everybody.
+    Public,
+    /// This user, and whoever has a token that grants it.
+    User(&'a str),
+    /// Whoever has a token that grants it.
+    Token,
 }
 
 /// What a rule says of history.
@@ -85,6 +109,10 @@ pub fn parse_coalesce(text: &str) -> Option<Duration> {
 /// What a window may be, for a person.
 pub const COALESCE_ALLOWED: &str = "a duration from 0ms to 100ms such as 5ms";
 
+fn pattern<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Pattern, D::Error> {
+    Pattern::parse(&String::deserialize(deserializer)?).map_err(D::Error::custom)
+}
+
 fn coalesce<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
     let text = String::deserialize(deserializer)?;
     match parse_coalesce(&text) {
@@ -120,19 +148,7 @@ impl ChannelRules {
         }
         let rules: Vec<ChannelRule> = serde_json::from_str(json).map_err(|error| error.to_string())?;
         for rule in &rules {
-            let name = rule.pattern.strip_suffix('*').unwrap_or(&rule.pattern);
-            if name.contains('*') {
-                return Err(format!("{:?} has a * that is not at the end", rule.pattern));
-            }
-            if rule.history.is_some_and(|history| !(1..=HISTORY_SIZE_MAX).contains(&history.size)) {
-                return Err(format!(
-                    "the history of {:?} has a size that is not 1 to {HISTORY_SIZE_MAX}",
-                    rule.pattern
-                ));
-            }
-            if rule.latest_by.is_some() && rule.slow != SlowRule::Latest {
-                return Err(format!("{:?} has a latest_by without \"slow\":\"latest\"", rule.pattern));
-            }
+            rule.check().map_err(|error| format!("{error}, in the rule of {}", rule.pattern))?;
         }
         Ok(Self { rules, json: json.to_owned(), coalesce: Duration::ZERO })
     }
@@ -202,16 +218,45 @@ impl ChannelRules {
         self.rule(channel).map_or(self.rules.is_empty(), |rule| rule.client_publish)
     }
 
+    /// Who may subscribe to the channel; without a rule, whoever has a token that grants it.
+    pub fn audience<'a>(&self, channel: &'a str) -> Audience<'a> {
+        let Some(rule) = self.rule(channel) else { return Audience::Token };
+        match (rule.access, rule.pattern.owner(channel)) {
+            (Some(AccessRule::Public), _) => Audience::Public,
+            (_, Some(user)) => Audience::User(user),
+            (Some(AccessRule::Token) | None, None) => Audience::Token,
+        }
+    }
+
+    /// The first rule that means nothing unless it is known who somebody is.
+    pub fn needs_authentication(&self) -> Option<&Pattern> {
+        let needs = |rule: &&ChannelRule| rule.pattern.is_private() || rule.access == Some(AccessRule::Token);
+        self.rules.iter().find(needs).map(|rule| &rule.pattern)
+    }
+
+    /// The rule that holds for the channel, as it was written, and its place in the list.
+    pub fn explain(&self, channel: &str) -> Option<(usize, &Pattern)> {
+        let place = self.rules.iter().position(|rule| rule.pattern.matches(channel))?;
+        Some((place + 1, &self.rules[place].pattern))
+    }
+
     fn rule(&self, channel: &str) -> Option<&ChannelRule> {
-        self.rules.iter().find(|rule| rule.matches(channel))
+        self.rules.iter().find(|rule| rule.pattern.matches(channel))
     }
 }
 
 impl ChannelRule {
-    fn matches(&self, channel: &str) -> bool {
-        match self.pattern.strip_suffix('*') {
-            Some(prefix) => channel.starts_with(prefix),
-            None => channel == self.pattern,
+    /// What the JSON alone does not rule out.
+    fn check(&self) -> Result<(), String> {
+        if self.history.is_some_and(|history| !(1..=HISTORY_SIZE_MAX).contains(&history.size)) {
+            return Err(format!("the history has a size that is not 1 to {HISTORY_SIZE_MAX}"));
         }
+        if self.latest_by.is_some() && self.slow != SlowRule::Latest {
+            return Err("there is a latest_by without \"slow\":\"latest\"".to_owned());
+        }
+        if self.pattern.is_private() && self.access.is_some() {
+            return Err("{sub} says who may come, so there is no \"access\"".to_owned());
+        }
+        Ok(())
     }
 }

@@ -8,7 +8,7 @@
 use std::cell::RefCell;
 use std::io;
 use std::panic::AssertUnwindSafe;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
@@ -16,6 +16,7 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use tracing::debug;
 
+use crate::admission::Admission;
 use crate::allowance::{Allowance, Allowances};
 use crate::broker::Broker;
 use crate::clock;
@@ -29,6 +30,7 @@ use crate::handshake::Mode;
 use crate::hub::Subscriptions;
 use crate::ledger::Arriving;
 use crate::metrics::Limited;
+use crate::pass::{Pass, Verified};
 use crate::protocol::{self, Command, Request};
 use crate::publication::Format;
 use crate::publisher::{self, Job};
@@ -71,6 +73,8 @@ pub struct SessionContext {
     pub subscriptions_max: usize,
     /// What a connection may do.
     pub allowances: Allowances,
+    /// Who is let in.
+    pub admission: Arc<Admission>,
     /// `HUBCAST_PING_INTERVAL`, for the welcome.
     pub ping_interval: Duration,
 }
@@ -95,6 +99,8 @@ pub struct Session {
     /// What it holds of bytes that are not carried out yet, in the ledger.
     arriving: Arriving,
     pub(crate) allowance: Allowance,
+    /// Who it is; without authentication there is none.
+    pub(crate) pass: Option<Box<Pass>>,
     /// When what is carried out now was read.
     pub(crate) batch_us: u64,
     /// How long not to read, because it sent too much.
@@ -112,7 +118,13 @@ pub struct Session {
 
 impl Session {
     /// A session on an open connection. `backlog` is what arrived right behind the upgrade request.
-    pub fn new(connection: Open, context: Arc<SessionContext>, backlog: &[u8], is_echo: bool) -> Self {
+    pub fn new(
+        connection: Open,
+        context: Arc<SessionContext>,
+        pass: Option<Pass>,
+        backlog: &[u8],
+        is_echo: bool,
+    ) -> Self {
         let hub = Arc::clone(&context.broker.hub);
         Self {
             subscriptions: Subscriptions::new(hub, Arc::clone(&connection)),
@@ -121,6 +133,7 @@ impl Session {
             context,
             arriving: Arriving::default(),
             allowance: Allowance::default(),
+            pass: pass.map(Box::new),
             batch_us: clock::now_us(),
             rest: Duration::ZERO,
             is_echo,
@@ -177,6 +190,8 @@ impl Session {
 
     fn start(&mut self, mode: &Mode) {
         let mut fanout = Fanout::default();
+        // Whoever revoked its token during the handshake has looked for it before it was to be seen.
+        self.check_revoked();
         match mode {
             Mode::Json(channels) => {
                 let shared = self.connection.shared();
@@ -187,12 +202,12 @@ impl Session {
                     message_bytes_max: self.context.message_bytes_max,
                     publish_bytes_max: self.context.broker.publish_bytes_max,
                     subscriptions_max: self.context.subscriptions_max,
+                    authentication: self.pass.as_ref().map(|pass| pass.authenticated()),
                 });
                 self.reply(&welcome, &mut fanout);
-                let targets = channels.iter().map(|name| protocol::target(name.as_str().into())).collect();
-                let command = Ok(Command::Subscribe(targets));
-                if !channels.is_empty() {
-                    self.execute(Request { id: None, command }, &mut fanout);
+                match self.pass.as_mut().filter(|pass| pass.is_stranger()) {
+                    Some(stranger) => stranger.want(channels),
+                    None => self.subscribe_all(channels, &mut fanout),
                 }
             }
             Mode::Raw(channel) if self.is_channel_too_many(channel) => {
@@ -209,10 +224,20 @@ impl Session {
         self.settle(fanout, backlog);
     }
 
-    /// Publishing waits: for subscribers that are late, or for room in the queue to Redis. Or reading does, as it was
-    /// too much.
+    /// Subscribes to channels that were named without a command.
+    pub(crate) fn subscribe_all(&mut self, channels: &[String], fanout: &mut Fanout<Arc<Connection>>) {
+        let targets = channels.iter().map(|name| protocol::target(name.as_str().into())).collect();
+        let command = Ok(Command::Subscribe(targets));
+        if !channels.is_empty() {
+            self.execute(Request { id: None, command }, fanout);
+        }
+    }
+
+    /// Publishing waits: for subscribers that are late, or for room in the queue to Redis. Or everything does: as it was
+    /// too much, or until it is known who it is.
     fn is_stalled(&self) -> bool {
-        !self.late.is_empty() || !self.unqueued.is_empty() || !self.rest.is_zero()
+        let is_verifying = self.pass.as_ref().is_some_and(|pass| pass.is_verifying());
+        !self.late.is_empty() || !self.unqueued.is_empty() || !self.rest.is_zero() || is_verifying
     }
 
     /// Gives others their turn and waits until publishing can go on, writing the own outbox meanwhile;
@@ -223,6 +248,7 @@ impl Session {
             let late = std::mem::take(&mut self.late);
             let unqueued = std::mem::take(&mut self.unqueued);
             let rest = std::mem::take(&mut self.rest);
+            let shown = self.pass.as_mut().and_then(|pass| pass.take_unverified());
             let room = async {
                 tokio::task::yield_now().await;
                 if !rest.is_zero() {
@@ -236,23 +262,33 @@ impl Session {
                         }
                     }
                 }
-            };
-            let mut room = pin!(room);
-            loop {
-                let wake = std::future::poll_fn(|context| {
-                    if room.as_mut().poll(context).is_ready() {
-                        return Poll::Ready(None);
-                    }
-                    self.connection.poll_wake(context, false).map(Some)
-                });
-                match wake.await {
-                    None => break,
-                    Some(Wake::Closing) => return,
-                    Some(_) => self.flush(),
+                match shown {
+                    Some(shown) => Some(shown.verify(broker.authenticator.as_deref()).await),
+                    None => None,
                 }
+            };
+            let Some(verified) = self.wait(pin!(room)).await else { return };
+            let mut fanout = Fanout::default();
+            if let Some(verified) = verified {
+                self.take_verified(verified, &mut fanout);
             }
             let backlog = std::mem::take(&mut self.backlog);
-            self.settle(Fanout::default(), backlog);
+            self.settle(fanout, backlog);
+        }
+    }
+
+    /// Writes the own outbox until there is room. `None`: the connection closes.
+    async fn wait(&self, mut room: Pin<&mut impl Future<Output = Option<Verified>>>) -> Option<Option<Verified>> {
+        loop {
+            let wake = std::future::poll_fn(|context| match room.as_mut().poll(context) {
+                Poll::Ready(verified) => Poll::Ready(Err(verified)),
+                Poll::Pending => self.connection.poll_wake(context, false).map(Ok),
+            });
+            match wake.await {
+                Err(verified) => return Some(verified),
+                Ok(Wake::Closing) => return None,
+                Ok(_) => self.flush(),
+            }
         }
     }
 

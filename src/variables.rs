@@ -30,6 +30,38 @@ pub const VARIABLES: &[Variable] = &[
         "Comma list of keys for /api, or of files with keys (an absolute path, or file:PATH), which are read again when they change. Without any, none is needed.",
     ),
     variable(
+        "HUBCAST_AUTH",
+        "none",
+        "none or jwt: whether clients have to show a token. Off loopback none must be written: nobody is let in by oversight.",
+    ),
+    variable(
+        "HUBCAST_JWT_SECRET",
+        "",
+        "Secret of at least 32 bytes by which your backend signs tokens (HMAC), or a file with it (/path or file:PATH), which is read again when it changes.",
+    ),
+    variable(
+        "HUBCAST_JWT_PUBLIC_KEY",
+        "",
+        "Public key of your issuer in PEM (RSA, P-256, P-384 or Ed25519), or a file with it, as above.",
+    ),
+    variable(
+        "HUBCAST_JWKS_URL",
+        "",
+        "Address of your issuer's keys (JWK Set). Fetched every 5 minutes, and when a token names a new one.",
+    ),
+    variable(
+        "HUBCAST_JWT_ALGORITHM",
+        "",
+        "The one algorithm of the secret or public key. Default: HS256, RS256, ES256 or ES384, EdDSA, as the key is; those of a JWK Set say it themselves.",
+    ),
+    variable("HUBCAST_JWT_ISSUER", "", "What a token's iss has to be. Default: anything."),
+    variable("HUBCAST_JWT_AUDIENCE", "", "What a token's aud has to be, or have among others. Default: anything."),
+    variable(
+        "HUBCAST_JWT_LIFE_MAX",
+        "1day",
+        "Tokens that are valid for longer are refused, and so long a revocation is remembered. A day: sessions are renewed by then.",
+    ),
+    variable(
         "HUBCAST_ORIGINS",
         "",
         "Comma list of the web pages that may connect: https://app.example.org, https://*.example.org for all subdomains, * for any. Without a list, pages of other hosts may connect only without cookies.",
@@ -181,7 +213,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "HUBCAST_CHANNEL_RULES",
         "",
-        "JSON list of rules, first match wins: {\"match\":\"chat:*\",\"client_publish\":true,\"presence\":true,\"history\":{\"size\":100,\"ttl\":\"10m\"},\"cache\":true,\"slow\":\"drop_oldest\",\"coalesce\":\"5ms\"}. Without any, clients may publish everywhere.",
+        "JSON list of rules, first match wins: {\"match\":\"chat:*\",\"access\":\"public\",\"client_publish\":true,\"presence\":true,\"history\":{\"size\":100,\"ttl\":\"10m\"},\"cache\":true,\"slow\":\"drop_oldest\",\"coalesce\":\"5ms\"}. Without any, clients may publish everywhere.",
     ),
     variable(
         "HUBCAST_COALESCE",

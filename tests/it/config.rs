@@ -42,6 +42,16 @@ fn bad_values_stop_the_start_with_one_line_that_says_what_is_allowed() {
         ("HUBCAST_TRUSTED_PROXIES", "proxy.example.org", "networks"),
         ("HUBCAST_FORWARDING_HEADER", "x-real-ip", "x-forwarded-for or forwarded"),
         ("HUBCAST_PROXY_PROTOCOL", "v2", "on or off"),
+        ("HUBCAST_AUTH", "yes", "none or jwt"),
+        ("HUBCAST_JWT_LIFE_MAX", "32days", "1s to 31days"),
+        ("HUBCAST_CHANNEL_RULES", r#"[{"match":"{sub}*"}]"#, "between {sub} and *"),
+        ("HUBCAST_CHANNEL_RULES", r#"[{"match":"a{x}"}]"#, "braces"),
+        ("HUBCAST_CHANNEL_RULES", r#"[{"match":"{sub}:{sub}"}]"#, "braces"),
+        ("HUBCAST_CHANNEL_RULES", r#"[{"match":"u:{sub}","access":"public"}]"#, "no \"access\""),
+        ("HUBCAST_CHANNEL_RULES", r#"[{"match":"a","access":"private"}]"#, "unknown variant"),
+        ("HUBCAST_CHANNEL_RULES", r#"[{"match":"u:{sub}"}]"#, "u:{sub} is allowed only with HUBCAST_AUTH=jwt"),
+        ("HUBCAST_CHANNEL_RULES", r#"[{"match":"a","access":"token"}]"#, "HUBCAST_AUTH=jwt"),
+        ("HUBCAST_LISTEN", "0.0.0.0:8080", "HUBCAST_AUTH=none if anybody may connect"),
         ("HUBCAST_CHANNEL_RULES", "{}", "a list such as"),
         ("HUBCAST_CHANNEL_RULES", r#"[{"match":"a*b"}]"#, "not at the end"),
         ("HUBCAST_CHANNEL_RULES", r#"[{"match":"a","slow":"newest"}]"#, "unknown variant"),
@@ -79,10 +89,6 @@ fn unknown_names_are_refused_with_the_nearest_known_one() {
     ] {
         assert_eq!(load(&[(name, "x")]).unwrap_err(), format!("{name}: unknown, did you mean {nearest}?"));
     }
-    // What is not built yet must not be silently ignored either.
-    for name in ["HUBCAST_AUTH", "HUBCAST_JWT_SECRET"] {
-        assert!(load(&[(name, "x")]).unwrap_err().starts_with(&format!("{name}: unknown")), "{name}");
-    }
 }
 
 #[test]
@@ -102,6 +108,68 @@ fn names_that_kubernetes_injects_are_ignored_with_one_note() {
         assert!(config.notes[0].contains(name), "{name}");
     }
     assert!(VARIABLES.iter().all(|variable| !variable.name.ends_with("_PORT") && !variable.name.contains("_SERVICE_")));
+}
+
+/// Keys that nobody could use, or that would be no secret; and no key is ever shown.
+#[test]
+fn authentication_is_complete_or_refused() {
+    let jwt = ("HUBCAST_AUTH", "jwt");
+    let secret = ("HUBCAST_JWT_SECRET", "canary canary canary canary canary 1");
+    let cases: &[(&[(&str, &str)], &str)] = &[
+        (&[jwt], "HUBCAST_AUTH=jwt: allowed only with HUBCAST_JWT_SECRET"),
+        (&[secret], "HUBCAST_JWT_SECRET: allowed only with HUBCAST_AUTH=jwt"),
+        (&[("HUBCAST_JWT_ISSUER", "x")], "HUBCAST_JWT_ISSUER: allowed only with HUBCAST_AUTH=jwt"),
+        (&[jwt, ("HUBCAST_JWT_SECRET", "canary")], "HUBCAST_JWT_SECRET=***: allowed is a secret of at least 32 bytes"),
+        (&[jwt, ("HUBCAST_JWT_PUBLIC_KEY", "canary")], "a public key in PEM"),
+        (&[jwt, ("HUBCAST_JWKS_URL", "http://issuer.example.org/keys")], "http only on loopback"),
+        (&[jwt, ("HUBCAST_JWKS_URL", "ftp://localhost/keys")], "https://issuer.example.org"),
+        (&[jwt, secret, ("HUBCAST_JWT_ALGORITHM", "none")], "HS256, HS384"),
+        (&[jwt, secret, ("HUBCAST_JWT_ALGORITHM", "RS256")], "allowed only with HUBCAST_JWT_PUBLIC_KEY"),
+    ];
+    for (env, message) in cases {
+        let error = load(env).unwrap_err();
+        assert!(error.contains(message) && !error.contains('\n'), "{error}");
+        assert!(!error.contains("canary") || error.starts_with("HUBCAST_JWT_PUBLIC_KEY=canary"), "{error}");
+    }
+    let printed = load(&[jwt, secret, ("HUBCAST_JWKS_URL", "https://issuer.example.org/keys")]).unwrap().print(1);
+    assert!(printed.contains("HUBCAST_AUTH=jwt\nHUBCAST_JWT_SECRET=***\n"), "{printed}");
+    assert!(printed.contains("HUBCAST_JWKS_URL=https://issuer.example.org/keys\n"), "{printed}");
+    assert!(printed.contains("HUBCAST_JWT_LIFE_MAX=1day\n"), "{printed}");
+    let open = ("HUBCAST_LISTEN", "0.0.0.0:8080");
+    assert!(load(&[open, jwt, secret]).is_ok());
+    assert!(load(&[open, ("HUBCAST_AUTH", "none")]).is_ok());
+    // Without authentication a public channel is what it is anyway.
+    assert!(load(&[("HUBCAST_CHANNEL_RULES", r#"[{"match":"a","access":"public"}]"#)]).is_ok());
+    // What is found when the key is used: a private one, none at all, a file that is not there.
+    for (key, message) in [
+        (("HUBCAST_JWT_PUBLIC_KEY", crate::issuer::RSA_PRIVATE), "private key"),
+        (
+            ("HUBCAST_JWT_PUBLIC_KEY", "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----"),
+            "no RSA, EC or Ed25519",
+        ),
+        (("HUBCAST_JWT_SECRET", "/nowhere/to/be/found"), "No such file"),
+    ] {
+        let error = hubcast::authenticator::Authenticator::load(load(&[jwt, key]).unwrap().auth.jwt.unwrap());
+        assert!(error.as_ref().is_err_and(|error| error.contains(message)), "{error:?}");
+    }
+}
+
+/// What is open on purpose is seen by whoever looks after it.
+#[tokio::test]
+async fn what_is_open_to_anybody_shows() {
+    use crate::harness::{gateway, metric};
+    let open = gateway(&[
+        ("HUBCAST_LISTEN", "0.0.0.0:0"),
+        ("HUBCAST_AUTH", "none"),
+        ("HUBCAST_INTERNAL_LISTEN", "0.0.0.0:0"),
+        ("HUBCAST_INSECURE_INTERNAL", "true"),
+    ]);
+    let closed = gateway(&[]);
+    for what in ["no_auth", "internal"] {
+        let series = format!("hubcast_insecure{{what=\"{what}\"}}");
+        assert_eq!((metric(&open, &series).await, metric(&closed, &series).await), (1.0, 0.0), "{what}");
+    }
+    crate::observe::threat(25, "hubcast_insecure 1 where the configuration lets anybody in, and a warning in the log");
 }
 
 #[test]
@@ -210,4 +278,53 @@ fn the_command_line_helps_and_refuses() {
     let (code, _, error) = run(&[], &[("HUBCAST_LISTEN", &taken), ("HUBCAST_LOG", "off")]);
     assert_eq!(code, Some(1));
     assert!(error.contains(&format!("HUBCAST_LISTEN={taken}: cannot listen there")), "{error}");
+}
+
+/// `hubcast token` mints what the gateway takes, and says why it does not allow something.
+#[test]
+fn tokens_are_minted_and_explained() {
+    let run = |arguments: &[&str], env: &[(&str, &str)]| {
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_hubcast")).args(arguments).envs(env.iter().copied()).output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8(text).unwrap())
+    };
+    let rules = r#"[{"match":"user:{sub}:*"},{"match":"chat:*","client_publish":true}]"#;
+    let env = [
+        ("HUBCAST_AUTH", "jwt"),
+        ("HUBCAST_JWT_SECRET", crate::issuer::SECRET),
+        ("HUBCAST_JWT_AUDIENCE", "hubcast"),
+        ("HUBCAST_CHANNEL_RULES", rules),
+    ];
+    let (is_minted, token) =
+        run(&["token", "--user", "alice", "--subscribe", "chat:*", "--subscribe", "news", "--publish", "chat:1"], &env);
+    assert!(is_minted, "{token}");
+    let (_, told) = run(&["token", "explain", token.trim(), "chat:2", "user:alice:x", "user:bob:x", "a b"], &env);
+    for line in [
+        r#""sub":"alice""#,
+        "taken: alice, for 3600 s more",
+        "chat:2: rule 2, chat:*\n  subscribe  allowed: the token grants it\n  publish    refused: neither the channel's rule",
+        "user:alice:x: rule 1, user:{sub}:*\n  subscribe  allowed: the channel is the user's own\n  publish    refused: no rule with",
+        "user:bob:x: rule 1, user:{sub}:*\n  subscribe  refused: neither",
+        "\"a b\": a channel name consists of",
+    ] {
+        assert!(told.contains(line), "{line}\n{told}");
+    }
+    for (token, told) in [
+        (format!("{}x", token.trim()), "refused: its signature is wrong"),
+        (token.replacen('.', "..", 1), "refused: "),
+        ("\u{1b}[2J".to_owned(), "refused: "),
+    ] {
+        let (_, text) = run(&["token", "explain", token.trim()], &env);
+        assert!(text.contains(told) && !text.contains('\u{1b}'), "{text}");
+    }
+    for (arguments, env, told) in [
+        (&["token", "--expires-in", "2days"][..], &env[..], "hubcast: token: the gateway would refuse it: exp"),
+        (&["token", "--subscribe", "a*b"], &env, "the gateway would refuse it"),
+        (&["token"], &[], "hubcast: token: only with HUBCAST_AUTH=jwt"),
+        (&["token", "explain", "x"], &[("HUBCAST_AUTH", "jwt")], "hubcast: HUBCAST_AUTH=jwt: allowed only with"),
+    ] {
+        let (is_done, text) = run(arguments, env);
+        assert!(!is_done && text.starts_with(told) || text.contains(told), "{arguments:?}: {text}");
+    }
 }

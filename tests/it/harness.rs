@@ -143,9 +143,27 @@ impl Client {
         path: &str,
         subprotocol: Option<&str>,
     ) -> Result<Self, tokio_tungstenite::tungstenite::Error> {
+        let headers = subprotocol.map(|name| ("sec-websocket-protocol", name));
+        Self::request(addr, path, headers.as_slice()).await
+    }
+
+    /// As [`Client::try_open`], with any headers.
+    pub async fn try_open_with(
+        gateway: &impl Instance,
+        path: &str,
+        headers: &[(&'static str, &str)],
+    ) -> Result<Self, tokio_tungstenite::tungstenite::Error> {
+        Self::request(gateway.public(), path, headers).await
+    }
+
+    async fn request(
+        addr: SocketAddr,
+        path: &str,
+        headers: &[(&'static str, &str)],
+    ) -> Result<Self, tokio_tungstenite::tungstenite::Error> {
         let mut request = format!("ws://{addr}{path}").into_client_request().expect("a valid address");
-        if let Some(name) = subprotocol {
-            request.headers_mut().insert("sec-websocket-protocol", name.parse().expect("a valid header"));
+        for (name, value) in headers {
+            request.headers_mut().insert(*name, value.parse().expect("a valid header"));
         }
         let (socket, _) = soon("the handshake", tokio_tungstenite::connect_async(request)).await?;
         Ok(Self { socket })

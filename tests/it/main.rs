@@ -9,6 +9,7 @@
 
 mod binary;
 mod harness;
+mod issuer;
 mod observe;
 mod proxy;
 mod redis_cluster;
@@ -20,6 +21,7 @@ mod tls_redis;
 mod admission;
 mod api;
 mod api_keys;
+mod auth;
 mod broadcast;
 mod bundle;
 mod cluster;

@@ -5,3 +5,4 @@ mod http;
 mod names;
 mod panic;
 pub mod target;
+mod tokens;

@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 
 use crate::binary::Binary;
 use crate::harness::{Client, Instance, eventually, http, metric, publish, soon};
+use crate::issuer::token;
 
 /// What an attack may leave in the process, in KiB: pages that the allocator keeps, and buffers of its threads. What a
 /// leak would leave is more, since each attack comes many times.
@@ -45,7 +46,15 @@ impl Target {
     pub async fn start_with_files(files_max: u32, env: &[(&str, &str)]) -> Self {
         let binary = Binary::start(files_max, env);
         crate::harness::ready(&binary).await;
-        let neighbour = received(Client::subscribed(&binary, NEIGHBOURS).await);
+        let path = match env.contains(&("HUBCAST_AUTH", "jwt")) {
+            true => format!("/ws?token={}", token(json!({"sub": "neighbour", "subscribe": [NEIGHBOURS]}))),
+            false => "/ws".to_owned(),
+        };
+        let mut client = Client::open(&binary, &path, None).await;
+        assert_eq!(client.json().await["type"], "welcome");
+        client.send(&json!({"type": "subscribe", "channel": NEIGHBOURS})).await;
+        client.expect(&json!({"type": "subscribed", "channel": NEIGHBOURS})).await;
+        let neighbour = received(client);
         let mut target = Self { binary, neighbour, rss_kib: 0, files: 0, published: 0 };
         // A few rounds of everything that is checked later, so that what is allocated once is in the baseline.
         for _ in 0..20 {
