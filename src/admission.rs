@@ -30,6 +30,7 @@ pub struct Admission {
     connections_max: usize,
     /// A permit per handshake in progress (`HUBCAST_HANDSHAKES_PENDING_MAX`).
     pending: Arc<Semaphore>,
+    pending_max: usize,
     /// `HUBCAST_HANDSHAKES_PER_SECOND`
     rate: Rate,
     handshakes: Mutex<Handshakes>,
@@ -74,6 +75,7 @@ impl Admission {
             places: Arc::new(Semaphore::new(connections_max)),
             connections_max,
             pending: Arc::new(Semaphore::new(limits.handshakes_pending_max)),
+            pending_max: limits.handshakes_pending_max,
             rate: limits.handshakes.rate(),
             handshakes: Mutex::default(),
             addresses: Guests::new(limits.connections_per_address, limits.handshakes_per_address.rate()),
@@ -98,6 +100,12 @@ impl Admission {
         let pending = permit(&self.pending, Refused::Pending)?;
         self.handshakes.lock().admit(&self.rate, now_us)?;
         Ok((Place { _place: place, _address: address }, Pending { _permit: pending }))
+    }
+
+    /// Whether more than half of the handshakes that may be in progress are: whoever comes then has to hurry, so that
+    /// those who only hold a place do not take them all.
+    pub fn is_crowded(&self) -> bool {
+        self.pending.available_permits() < self.pending_max / 2
     }
 
     /// One more connection of an address.

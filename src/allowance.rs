@@ -8,10 +8,11 @@ use std::time::Duration;
 use crate::close::CloseReason;
 use crate::meter::{Meter, Rate, Verdict};
 use crate::metrics::Limited;
-use crate::protocol::{Command, ErrorCode, Refusal};
+use crate::protocol::{Command, ErrorCode, Refusal, Wanted};
 
-/// A token counts as so many commands: that is what it takes to verify a signature.
-const TOKEN_COMMANDS: usize = 100;
+/// A token, a recovery and a question about the past or presence count as so many commands: that is what they take. A
+/// page with 128 channels comes back in one go all the same, with a cursor and a token for each.
+const COSTLY_COMMANDS: usize = 50;
 
 /// What each connection may do.
 #[derive(Clone, Copy, Debug)]
@@ -67,12 +68,13 @@ impl Allowance {
                 (&mut self.publishes, &may.publishes, 1, Limited::Publishes, "too many publishes")
             }
             Ok(Command::Subscribe(targets) | Command::Unsubscribe(targets)) => {
-                let tokens = targets.iter().flatten().filter(|wanted| wanted.token.is_some()).count();
-                let count = targets.len() + tokens * TOKEN_COMMANDS;
+                let costly =
+                    |wanted: &Wanted<'_>| usize::from(wanted.token.is_some()) + usize::from(wanted.after.is_some());
+                let count = targets.len() + targets.iter().flatten().map(costly).sum::<usize>() * COSTLY_COMMANDS;
                 (&mut self.commands, &may.commands, count, Limited::Commands, "too many commands")
             }
-            Ok(Command::Auth { .. }) => {
-                (&mut self.commands, &may.commands, TOKEN_COMMANDS, Limited::Commands, "too many commands")
+            Ok(Command::Auth { .. } | Command::History { .. } | Command::Presence { .. }) => {
+                (&mut self.commands, &may.commands, COSTLY_COMMANDS, Limited::Commands, "too many commands")
             }
             _ => (&mut self.commands, &may.commands, 1, Limited::Commands, "too many commands"),
         };

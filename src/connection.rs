@@ -24,6 +24,7 @@ use crate::outbox::{Flushed, Outbox, Phase, Push};
 use crate::presence_store::Member;
 use crate::publication::Format;
 use crate::socket::Socket;
+use crate::websocket;
 use crate::writer::{Transport, Writer};
 
 pub use crate::shared::{Connections, Shared};
@@ -49,6 +50,8 @@ pub struct Connection {
     /// Subscriptions, for the API.
     pub subscriptions: AtomicUsize,
     last_seen_us: AtomicU64,
+    /// Since when a message is arriving in pieces (0: none is).
+    assembling_us: AtomicU64,
     /// When the next ping goes out, and when the one that is unanswered did (0: none).
     ping_due_us: AtomicU64,
     ping_sent_us: AtomicU64,
@@ -100,6 +103,7 @@ impl Connection {
             is_behind: AtomicBool::new(false),
             subscriptions: AtomicUsize::new(0),
             last_seen_us: AtomicU64::new(now_us),
+            assembling_us: AtomicU64::new(0),
             ping_due_us: AtomicU64::new(ping_due_us),
             ping_sent_us: AtomicU64::new(0),
         });
@@ -289,6 +293,13 @@ impl Connection {
         self.last_seen_us.store(now_us, Ordering::Relaxed);
     }
 
+    /// Notes since when a message is arriving in pieces (0: none is): a peer that stops there is noticed by the sweep.
+    pub fn assembles(&self, since_us: u64) {
+        if self.assembling_us.load(Ordering::Relaxed) != since_us {
+            self.assembling_us.store(since_us, Ordering::Relaxed);
+        }
+    }
+
     /// For the connection's own task: the next thing to do. With `may_read` false, what arrives waits.
     pub fn poll_wake(&self, context: &mut TaskContext<'_>, may_read: bool) -> Poll<Wake> {
         self.waker.register(context.waker());
@@ -328,10 +339,12 @@ impl Connection {
         }
     }
 
-    /// One look of the sweep: closes the connection if it was silent or slow for too long, and pings it when due.
+    /// One look of the sweep: closes the connection if it was silent or slow for too long, and pings it when due. If it
+    /// is the gateway that `was_stopped` meanwhile, nobody was either.
     pub fn sweep(
         self: &Arc<Self>,
         (now_us, unix_ms): (u64, u64),
+        was_stopped: bool,
         ping: &Arc<Frame>,
         liveness: &Liveness,
         fanout: &mut Fanout<Arc<Self>>,
@@ -344,6 +357,12 @@ impl Connection {
         }
         if self.holder.has_old_grants(unix_ms) {
             self.recheck_grants();
+        }
+        if was_stopped {
+            return;
+        }
+        if websocket::takes_too_long(self.assembling_us.load(Ordering::Relaxed), now_us) {
+            return self.close(websocket::TOO_LONG);
         }
         if self.outbox.sweep(now_us, liveness.write_timeout_us) {
             return self.close(CloseReason::SlowConsumer);

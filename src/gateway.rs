@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use futures_util::future::select_all;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinHandle;
@@ -171,6 +172,19 @@ impl Gateway {
     /// The parts that publish, for whoever embeds the gateway.
     pub fn broker(&self) -> &Arc<Broker> {
         &self.broker
+    }
+
+    /// Waits until a task of the gateway ends by a panic. What it did nobody does any more, be it a lane or the link to
+    /// Redis, so the process is better begun anew.
+    pub async fn failed(&mut self) {
+        while !self.tasks.is_empty() {
+            let (ended, index, _) = select_all(&mut self.tasks).await;
+            drop(self.tasks.swap_remove(index));
+            if ended.is_err_and(|error| error.is_panic()) {
+                return;
+            }
+        }
+        std::future::pending().await
     }
 
     /// Ends the gateway: every client that reads gets each publication accepted before its close, then 1012.
@@ -348,16 +362,20 @@ fn background(config: &Config, broker: &Arc<Broker>) -> Vec<JoinHandle<()>> {
 async fn sweep(shared: Arc<Shared>, liveness: Liveness) {
     let shortest = liveness.ping_interval_us.min(liveness.pong_timeout_us).min(liveness.write_timeout_us);
     let period = Duration::from_micros((shortest / 8).clamp(10_000, 100_000));
+    let mut looked_us = clock::now_us();
     loop {
         tokio::time::sleep(period).await;
         let now_us = clock::now_us();
+        // Whoever was kept from the processor has not read yet what clients sent meanwhile.
+        let was_stopped = now_us - looked_us > micros(period) + shortest / 4;
+        looked_us = now_us;
         // Tokens expire by the wall clock, wherever that jumps.
         let now = (now_us, clock::unix_ms(now_us));
         // One frame for all, made now: its age is that of the pings.
         let ping = Frame::new(Opcode::Ping, &[]);
         let mut fanout = Fanout::default();
         for connection in &shared.connections {
-            connection.sweep(now, &ping, &liveness, &mut fanout);
+            connection.sweep(now, was_stopped, &ping, &liveness, &mut fanout);
         }
         shared.submit(&mut fanout);
     }

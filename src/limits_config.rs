@@ -14,6 +14,9 @@ use crate::session::READ_BYTES;
 /// this is a third of a core, and a burst of it is over within a second.
 const HANDSHAKES_PER_WORKER: usize = 10_000;
 
+/// The same where the listener speaks TLS: 280 us each.
+const TLS_HANDSHAKES_PER_WORKER: usize = 1200;
+
 /// What may come at once: so many seconds' worth of a rate.
 const BURST: Duration = Duration::from_secs(2);
 
@@ -21,6 +24,10 @@ const SECOND: Duration = Duration::from_secs(1);
 
 /// As many seconds' worth of pings may come at once: a client that wakes up may have some to send.
 const PINGS_BURST: Duration = Duration::from_secs(20);
+
+/// What a channel with a subscriber takes, and how many there are at most where nobody says it: a quarter of the memory.
+const CHANNEL_BYTES: usize = 1 << 10;
+const CHANNELS_MAX: usize = 1_000_000;
 
 const BYTES_ALLOWED: &str = "a size of at least 1KiB such as 64KiB, 0 for no limit";
 const BYTES_MIN: u64 = 1 << 10;
@@ -87,7 +94,8 @@ impl LimitsConfig {
     pub(crate) fn parse(values: &Values, worker_threads: usize) -> Result<Self, ConfigError> {
         let count = |name| values.get(name, COUNT_ALLOWED, count);
         let handshakes = values.get("HUBCAST_HANDSHAKES_PER_SECOND", COUNT_ALLOWED, |text| match text {
-            "" => Some(HANDSHAKES_PER_WORKER * worker_threads),
+            "" if values.text("HUBCAST_TLS_CERT").is_empty() => Some(HANDSHAKES_PER_WORKER * worker_threads),
+            "" => Some(TLS_HANDSHAKES_PER_WORKER * worker_threads),
             text => self::count(text),
         })?;
         Ok(Self {
@@ -101,7 +109,7 @@ impl LimitsConfig {
             pings: Count(count("HUBCAST_PINGS_PER_SECOND")?),
             bad_requests_per_minute: count("HUBCAST_BAD_REQUESTS_PER_MINUTE")?,
             bytes_per_second: values.get("HUBCAST_BYTES_PER_SECOND", BYTES_ALLOWED, bytes_per_second)?,
-            channels_max: count("HUBCAST_CHANNELS_MAX")?,
+            channels_max: values.get("HUBCAST_CHANNELS_MAX", COUNT_ALLOWED, channels_max)?,
             memory_max: values.get("HUBCAST_MEMORY_MAX", MEMORY_ALLOWED, memory_max)?,
         })
     }
@@ -130,6 +138,13 @@ impl LimitsConfig {
 fn bytes_per_second(text: &str) -> Option<usize> {
     let bytes = text.parse::<ByteSize>().ok()?.0;
     (bytes == 0 || bytes >= BYTES_MIN).then_some(bytes as usize)
+}
+
+fn channels_max(text: &str) -> Option<usize> {
+    match text {
+        "" => Some((machine_bytes() / 4 / CHANNEL_BYTES).min(CHANNELS_MAX)),
+        text => count(text),
+    }
 }
 
 fn memory_max(text: &str) -> Option<usize> {

@@ -52,6 +52,13 @@ const NOTSENT_BYTES: u32 = 128 << 10;
 /// Largest request head, and what hyper buffers for it.
 const HEAD_BYTES_MAX: usize = 16 << 10;
 
+/// How long a handshake may take while very many are in progress.
+const CROWDED_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Connections to the internal listener at once: what else the process needs of its reserved files is left to it.
+/// Those that are idle end after the handshake timeout, so whoever waits has his turn.
+const INTERNAL_CONNECTIONS_MAX: usize = 128;
+
 /// Longest pause after a failed accept, so that a full file table is no busy loop.
 const ACCEPT_PAUSE_MAX: Duration = Duration::from_millis(100);
 
@@ -98,8 +105,11 @@ pub async fn public(listener: TcpListener, public: Arc<Public>) {
 /// Accepts API clients for ever. Keep-alive and pipelining are hyper's; a burst of pipelined
 /// publishes is handled in one go, and flushed once.
 pub async fn internal(listener: TcpListener, api: Arc<Api>, head_timeout: Duration) {
+    let places = Arc::new(Semaphore::new(INTERNAL_CONNECTIONS_MAX));
     loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let (socket, _) = accept(&listener, &api.broker.shared.metrics).await;
+        let _ = SockRef::from(&socket).set_tcp_user_timeout(Some(head_timeout));
         let api = Arc::clone(&api);
         tokio::spawn(async move {
             let service = service_fn(|request| {
@@ -114,6 +124,7 @@ pub async fn internal(listener: TcpListener, api: Arc<Api>, head_timeout: Durati
                 }
                 debug!(%error, "api connection ended");
             }
+            drop(place);
         });
     }
 }
@@ -223,7 +234,9 @@ impl Public {
 
     /// Everything before the session, within the handshake timeout.
     async fn handshake(&self, socket: TcpStream, peer: SocketAddr) -> Option<Upgraded> {
-        let arrival = tokio::time::timeout(self.handshake_timeout, self.arrive(socket, peer)).await;
+        let is_crowded = self.sessions.admission.is_crowded();
+        let limit = if is_crowded { self.handshake_timeout.min(CROWDED_TIMEOUT) } else { self.handshake_timeout };
+        let arrival = tokio::time::timeout(limit, self.arrive(socket, peer)).await;
         arrival.unwrap_or_else(|_| {
             self.metrics().refused(Refused::Timeout);
             None

@@ -139,7 +139,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         info!("{note}");
     }
     let scheme = if config.edge.tls.is_some() { "wss" } else { "ws" };
-    let gateway = Gateway::start(config)?;
+    let mut gateway = Gateway::start(config)?;
     let (public, internal) = (gateway.addr(), gateway.internal_addr());
     say(&format!(
         "hubcast {} is ready\n  clients connect to  {scheme}://{public}/ws?channels=news\n  backends publish with\n    curl -d '{{\"hello\":\"world\"}}' http://{internal}/api/publish/news",
@@ -148,6 +148,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        () = gateway.failed() => anyhow::bail!("a part of the gateway panicked"),
     }
     info!(?drain_time, "draining; a second signal ends at once");
     tokio::select! {

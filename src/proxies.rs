@@ -94,7 +94,8 @@ pub(crate) fn parse_networks(text: &str) -> Option<Vec<IpNet>> {
 
 /// The hops of one header line from the right; `None` for one that is no address.
 fn hops(header: ForwardingHeader, line: &[u8]) -> Vec<Option<SocketAddr>> {
-    let Ok(line) = std::str::from_utf8(line) else { return vec![None] };
+    // What a client wrote itself may be no text; what a proxy has put behind it counts all the same.
+    let line = String::from_utf8_lossy(line);
     let elements = line.rsplit(',').map(str::trim).filter(|element| !element.is_empty());
     match header {
         ForwardingHeader::XForwardedFor => elements.map(address).collect(),

@@ -41,6 +41,12 @@ use crate::writer::Writer;
 /// Bytes read at once.
 pub(crate) const READ_BYTES: usize = 64 << 10;
 
+/// A connection that sent so much at once lets others have their turn.
+const TURN_BYTES: usize = 16 << 10;
+
+/// What a connection may hold of what is arriving, however much that is in all.
+const TRIFLE_BYTES: usize = 4 << 10;
+
 /// Commands (and channels of their lists) that one frame may carry: their answers must fit into an outbox.
 const ANSWERS_MAX: usize = 4096;
 
@@ -150,9 +156,9 @@ impl Session {
             self.connection.shared().metrics.panics.inc();
             self.connection.close(CloseReason::Internal);
         }
-        // From here on nothing is delivered to this connection.
-        let Self { connection, subscriptions, .. } = self;
-        drop(subscriptions);
+        // From here on nothing is delivered to this connection, and it holds nothing while it waits for its peer.
+        let Self { connection, subscriptions, parser, arriving, backlog, late, unqueued, .. } = self;
+        drop((subscriptions, parser, arriving, backlog, late, unqueued));
         let is_clean = Box::pin(ending::finish(&connection)).await;
         let reason = connection.close_reason();
         debug!(connection = connection.id(), reason = reason.map(CloseReason::label), "disconnected");
@@ -177,8 +183,8 @@ impl Session {
                     self.flush();
                     self.catch_up();
                 }
-                // A full buffer: whoever this batch scheduled is flushed before the next one is read.
-                Wake::Readable if self.read() == READ_BYTES => tokio::task::yield_now().await,
+                // Much at once: whoever this batch scheduled is flushed before the next one is read.
+                Wake::Readable if self.read() => tokio::task::yield_now().await,
                 Wake::Readable => {}
                 Wake::Asked => {
                     self.leave_asked();
@@ -314,8 +320,8 @@ impl Session {
         }
     }
 
-    /// Reads what has arrived and carries it out; returns how many bytes that were.
-    fn read(&mut self) -> usize {
+    /// Reads what has arrived and carries it out; returns whether others should have their turn before the next read.
+    fn read(&mut self) -> bool {
         let read_bytes = self.context.allowances.read_bytes;
         SCRATCH.with_borrow_mut(|scratch| match self.connection.socket().try_read(&mut scratch.read[..read_bytes]) {
             Ok(len) if len > 0 => {
@@ -329,12 +335,13 @@ impl Session {
                 if !self.rest.is_zero() {
                     self.connection.shared().metrics.limited(Limited::Bytes);
                 }
-                len
+                len >= TURN_BYTES
             }
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => 0,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => true,
             Ok(_) | Err(_) => {
                 self.connection.close(CloseReason::Lost);
-                0
+                false
             }
         })
     }
@@ -343,15 +350,19 @@ impl Session {
     fn settle(&mut self, mut fanout: Fanout<Arc<Connection>>, mut backlog: Vec<u8>) {
         let rest = self.carry_out(&mut backlog, &mut fanout).len();
         backlog.drain(..backlog.len() - rest);
-        self.backlog = backlog;
+        // An empty one keeps no memory: many were held back once.
+        self.backlog = if backlog.is_empty() { Vec::new() } else { backlog };
         self.note_arriving();
         self.submit(&mut fanout);
     }
 
-    /// Whoever adds to what is arriving while that is too much has to go, before it takes all memory.
+    /// Whoever adds to what is arriving while that is too much has to go, before it takes all memory; but not for a
+    /// trifle.
     fn note_arriving(&mut self) {
+        self.connection.assembles(self.parser.assembling_since_us());
         let memory = &self.connection.shared().memory;
-        if self.arriving.set(self.parser.held() + self.backlog.capacity()) && memory.is_arriving_too_much() {
+        let held = self.parser.held() + self.backlog.capacity();
+        if self.arriving.set(held) && held > TRIFLE_BYTES && memory.is_arriving_too_much() {
             self.connection.shared().metrics.limited(Limited::Memory);
             self.connection.close(CloseReason::Overload("too much is arriving at once, come back later"));
         }

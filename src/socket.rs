@@ -12,6 +12,10 @@ use tokio::net::TcpStream;
 
 use crate::writer::Transport;
 
+/// Reads of the TCP socket for one of the session (4 KiB each, as rustls has it): a record may hold a single byte, or
+/// nothing but work, and while one is read nobody writes to the connection.
+const TLS_READS_MAX: usize = 16;
+
 /// The transport of one connection.
 #[derive(Debug)]
 pub struct Socket {
@@ -76,21 +80,25 @@ impl Socket {
     /// Reads what has arrived.
     ///
     /// # Errors
-    /// [`io::ErrorKind::WouldBlock`] once the TCP socket has no more, which clears its readiness; anything else ends
-    /// the connection.
+    /// [`io::ErrorKind::WouldBlock`] once the TCP socket has no more, which clears its readiness;
+    /// [`io::ErrorKind::Interrupted`] where much arrived and nothing came of it: others have their turn first; anything
+    /// else ends the connection.
     pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         let Some(tls) = &self.tls else { return self.tcp.try_read(buffer) };
         let mut session = tls.lock();
         let mut filled = 0;
+        let mut reads = 0;
         // The socket is asked only when nothing decrypted is left: so its readiness speaks for that too.
         while filled < buffer.len() {
             match session.reader().read(&mut buffer[filled..]) {
                 Ok(0) => break,
                 Ok(len) => filled += len,
                 Err(error) if error.kind() != io::ErrorKind::WouldBlock => return read_before(filled, error),
+                Err(_) if reads == TLS_READS_MAX => return read_before(filled, io::ErrorKind::Interrupted.into()),
                 Err(_) => match session.read_tls(&mut Records(&self.tcp)) {
                     Err(error) => return read_before(filled, error),
                     Ok(_) => {
+                        reads += 1;
                         if let Err(error) = session.process_new_packets() {
                             // The peer is told why, if its socket takes it.
                             let _ = send(&mut session, &self.tcp, &mut false);

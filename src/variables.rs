@@ -126,7 +126,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "HUBCAST_HANDSHAKES_PER_SECOND",
         "",
-        "Connections let in a second, twice as many at once; the others get 503 and their turn in Retry-After. Default: 10000 for each worker thread, a third of what a core can do. 0: no limit.",
+        "Connections let in a second, twice as many at once; the others get 503 and their turn in Retry-After. Default for each worker thread: 10000, with TLS 1200, a third of what a core can do. 0: no limit.",
     ),
     variable(
         "HUBCAST_HANDSHAKES_PENDING_MAX",
@@ -173,7 +173,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "HUBCAST_COMMANDS_PER_SECOND",
         "10000",
-        "Commands of one connection, but publishes; twice as many at once. More are answered rate_limited; who goes on is closed with 1008. Far above what a page needs, far below what a core can do. 0: no limit.",
+        "Commands of one connection, but publishes; twice as many at once. Tokens, recoveries, history and presence count as 50. More are answered rate_limited; who goes on is closed with 1008. Far above what a page needs, far below what a core can do. 0: no limit.",
     ),
     variable(
         "HUBCAST_PUBLISHES_PER_SECOND",
@@ -197,8 +197,8 @@ pub const VARIABLES: &[Variable] = &[
     ),
     variable(
         "HUBCAST_CHANNELS_MAX",
-        "1000000",
-        "Channels with a subscriber here: 1 GiB of memory. More are refused with limit_exceeded. 0: no limit.",
+        "",
+        "Channels with a subscriber here, 1 KiB each. More are refused with limit_exceeded. Default: what fits into a quarter of the container's or machine's memory, at most 1000000. 0: no limit.",
     ),
     variable(
         "HUBCAST_MEMORY_MAX",

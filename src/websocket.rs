@@ -87,6 +87,12 @@ impl Parser {
         size_of::<Partial>() + partial.header.capacity() + partial.control.capacity() + message
     }
 
+    /// Since when a message is arriving in pieces (µs); 0: none is.
+    pub fn assembling_since_us(&self) -> u64 {
+        let message = self.partial.as_ref().and_then(|partial| partial.message.as_ref());
+        message.map_or(0, |message| message.started_us)
+    }
+
     /// Takes the next complete message from the front of `input` and advances it, or returns
     /// `None` once all of `input` is consumed. The input is unmasked in place.
     ///
@@ -260,13 +266,7 @@ impl Parser {
     }
 
     fn check_assembly_time(&self, now_us: u64) -> Result<(), CloseReason> {
-        let message = self.partial.as_ref().and_then(|partial| partial.message.as_ref());
-        match message {
-            Some(message) if now_us.saturating_sub(message.started_us) > ASSEMBLY_US_MAX => {
-                Err(CloseReason::Policy("message took too long to arrive"))
-            }
-            _ => Ok(()),
-        }
+        if takes_too_long(self.assembling_since_us(), now_us) { Err(TOO_LONG) } else { Ok(()) }
     }
 
     fn partial(&mut self) -> &mut Partial {
@@ -281,6 +281,14 @@ impl Parser {
         }
     }
 }
+
+/// Whether a message that has been arriving since then (µs; 0: there is none) has taken too long.
+pub fn takes_too_long(since_us: u64, now_us: u64) -> bool {
+    since_us > 0 && now_us.saturating_sub(since_us) > ASSEMBLY_US_MAX
+}
+
+/// What is answered then.
+pub const TOO_LONG: CloseReason = CloseReason::Policy("message took too long to arrive");
 
 fn control_message<'a>(opcode: Opcode, payload: Cow<'a, [u8]>) -> Result<Message<'a>, CloseReason> {
     match opcode {

@@ -41,6 +41,7 @@ mod history;
 mod history_model;
 mod hub_model;
 mod limits;
+mod machine;
 mod metrics;
 mod origin;
 mod outbox_model;

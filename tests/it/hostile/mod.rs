@@ -2,7 +2,8 @@
 
 mod frames;
 mod http;
+mod load;
 mod names;
-mod panic;
+pub mod panic;
 pub mod target;
 mod tokens;

@@ -9,15 +9,16 @@ use tracing_subscriber::layer::{Context, SubscriberExt as _};
 use crate::harness::{Client, Raw, await_metric, gateway, publish};
 use crate::observe;
 
-struct Trap;
+/// Panics in whatever task logs this message.
+pub struct Trap(pub &'static str);
 
 impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Trap {
     fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
-        let mut is_connected = false;
+        let mut is_it = false;
         event.record(&mut |field: &tracing::field::Field, value: &dyn std::fmt::Debug| {
-            is_connected |= field.name() == "message" && format!("{value:?}") == "connected";
+            is_it |= field.name() == "message" && format!("{value:?}") == self.0;
         });
-        assert!(!is_connected, "the trap: a panic in the task of a connection");
+        assert!(!is_it, "the trap: a panic at {}", self.0);
     }
 }
 
@@ -26,7 +27,7 @@ async fn a_panic_ends_one_connection_with_1011() {
     let gateway = gateway(&[]);
     let mut neighbour = Client::subscribed(&gateway, "c").await;
     {
-        let _trap = tracing::subscriber::set_default(tracing_subscriber::registry().with(Trap));
+        let _trap = tracing::subscriber::set_default(tracing_subscriber::registry().with(Trap("connected")));
         let mut unlucky = Raw::upgrade(&gateway, "/ws?channels=c", b"").await;
         assert_eq!(unlucky.close_frame().await, (1011, "internal error".to_owned()));
         assert_eq!(unlucky.frame().await, None);

@@ -115,6 +115,7 @@ impl Target {
             ("hubcast_channels", 1.0),
             ("hubcast_outbox_frames", 0.0),
             ("hubcast_outbox_bytes", 0.0),
+            (r#"hubcast_ledger_bytes{kind="arriving"}"#, 0.0),
         ] {
             crate::harness::await_metric(&self.binary, series, value).await;
         }
