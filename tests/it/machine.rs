@@ -1,5 +1,6 @@
-//! What the machine does to the gateway: no more files, no processor for a while.
+//! What the machine does to the gateway: no more files, no processor for a while, another time.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
@@ -9,7 +10,8 @@ use tokio::net::TcpStream;
 
 use crate::binary::Binary;
 use crate::harness::{Client, await_metric, eventually, gateway, http, metric, publish, soon};
-use crate::hostile::target::Target;
+use crate::hostile::target::{Target, received};
+use crate::issuer::{SECRET, now_s, token};
 use crate::observe;
 
 /// There is no file left for another connection: accepting pauses, who is connected notices nothing, and it goes on by
@@ -94,4 +96,92 @@ async fn a_panic_of_the_gateways_own_tasks_ends_it() {
     std::fs::write(&path, "two").unwrap();
     soon("the gateway to notice", gateway.failed()).await;
     await_metric(&gateway, "hubcast_panics_total", 0.0).await;
+}
+
+/// The library that has a process see another time (Debian's `faketime`; `.ci/run` installs it).
+fn faketime() -> PathBuf {
+    let places = std::fs::read_dir("/usr/lib").unwrap().map(|entry| entry.unwrap().path().join("faketime"));
+    let library = places.map(|place| place.join("libfaketimeMT.so.1")).find(|library| library.exists());
+    library.expect("faketime is installed: apt-get install faketime")
+}
+
+/// An hour forward, and two back: nobody is closed but those whose tokens are over then, events keep their order, and
+/// no cursor comes twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wall_clock_that_jumps_closes_nobody() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let (library, time) = (faketime(), dir.path().join("time"));
+    let jump = |offset: &str| {
+        // Replaced, so that nobody reads half of it.
+        std::fs::write(dir.path().join("next"), offset).unwrap();
+        std::fs::rename(dir.path().join("next"), &time).unwrap();
+    };
+    jump("+0");
+    let binary = Binary::start(
+        1000,
+        &[
+            ("LD_PRELOAD", library.to_str().unwrap()),
+            ("FAKETIME_TIMESTAMP_FILE", time.to_str().unwrap()),
+            ("FAKETIME_NO_CACHE", "1"),
+            ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+            ("HUBCAST_PING_INTERVAL", "500ms"),
+            ("HUBCAST_PONG_TIMEOUT", "1s"),
+            ("HUBCAST_WRITE_TIMEOUT", "1s"),
+            ("HUBCAST_AUTH", "jwt"),
+            ("HUBCAST_JWT_SECRET", SECRET),
+            ("HUBCAST_CHANNEL_RULES", r#"[{"match":"c","access":"public","history":{"size":100,"ttl":"30d"}}]"#),
+        ],
+    );
+    let subscribed = async |life_s: u64, after: Option<&str>| {
+        let path = format!("/ws?token={}", token(json!({"exp": now_s() + life_s})));
+        let mut client = Client::open(&binary, &path, None).await;
+        assert_eq!(client.json().await["type"], "welcome");
+        let mut subscribe = json!({"type": "subscribe", "channel": "c"});
+        subscribe["after"] = after.into();
+        client.send(&if after.is_some() { subscribe } else { json!({"type": "subscribe", "channel": "c"}) }).await;
+        let answer = client.json().await;
+        assert_eq!(
+            (&answer["type"], &answer["recovered"]),
+            (&json!("subscribed"), &json!(after.is_some())),
+            "{answer}"
+        );
+        client
+    };
+    let mut stays = received(subscribed(3 * 3600, None).await);
+    let mut expires = subscribed(600, None).await;
+    let began = Instant::now();
+    let (mut cursors, mut first) = (Vec::new(), String::new());
+    for (turn, offset) in ["+0", "+3600", "-3600", "+0"].into_iter().enumerate() {
+        jump(offset);
+        if turn == 1 {
+            assert_eq!(expires.close_frame().await.0, 3000);
+        }
+        for n in 0..5 {
+            publish(&binary, "c", format!("{}", turn * 5 + n).as_bytes()).await;
+            let event = soon("the event", stays.recv()).await.expect("it stays connected");
+            assert_eq!(event["data"], turn * 5 + n, "{event}");
+            cursors.push(event["cursor"].as_str().unwrap().to_owned());
+        }
+        if first.is_empty() {
+            first = cursors[0].clone();
+        }
+        // Long enough for pings, answers and the deadlines of both.
+        let pings = metric(&binary, "hubcast_frames_sent_total").await + 3.0;
+        eventually("pings to be sent", async || {
+            (metric(&binary, "hubcast_frames_sent_total").await >= pings).then_some(())
+        })
+        .await;
+    }
+    let distinct: std::collections::BTreeSet<_> = cursors.iter().collect();
+    assert_eq!(distinct.len(), cursors.len());
+    let mut resumed = subscribed(3600, Some(&first)).await;
+    for n in 1..cursors.len() {
+        assert_eq!(resumed.json().await["cursor"], cursors[n].as_str());
+    }
+    drop(expires);
+    for (reason, count) in [("token_expired", 1.0), ("timeout", 0.0), ("slow_consumer", 0.0), ("auth_timeout", 0.0)] {
+        await_metric(&binary, &format!(r#"hubcast_connections_closed_total{{reason="{reason}"}}"#), count).await;
+    }
+    let what = "an hour forward, two back, one forward: nobody closed but by his token's end, 20 cursors in order, all recovered";
+    observe::fault("wall clock jumps", None, began.elapsed(), what);
 }

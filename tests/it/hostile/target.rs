@@ -140,7 +140,7 @@ impl Target {
 }
 
 /// What a client receives; it answers pings meanwhile.
-fn received(mut client: Client) -> mpsc::Receiver<Value> {
+pub fn received(mut client: Client) -> mpsc::Receiver<Value> {
     let (sender, receiver) = mpsc::channel(64);
     tokio::spawn(async move {
         loop {
