@@ -12,6 +12,7 @@ use crate::connection::{Connection, Shared};
 use crate::cursor::Cursor;
 use crate::event;
 use crate::fanout::Fanout;
+use crate::following::Following;
 use crate::health::Health;
 use crate::history_reader;
 use crate::history_redis;
@@ -85,6 +86,11 @@ impl Broker {
                 channel.gather(Payload::Unchecked(&payload).into(), fanout);
             }
             (Some(Entry { content: Content::Marker(_), .. }), None) => {}
+            // Another build's. Where there is history, Redis has it.
+            (None, following) if is_reserved(message) => {
+                self.shared.metrics.dropped(DropReason::RedisUnreadable, 1);
+                following.into_iter().for_each(Following::check);
+            }
             (None, _) if message.len() > self.publish_bytes_max => {
                 self.shared.metrics.dropped(DropReason::RedisTooLarge, 1);
                 channel.tell_gap(&Gap::upstream(None), fanout);
@@ -107,16 +113,17 @@ impl Broker {
 
     /// Tells a channel who came or went, if `payload` is that. False: it is a publication.
     pub fn tell_presence(&self, channel: &str, payload: &[u8], fanout: &mut Fanout<Arc<Connection>>) -> bool {
-        if !payload.starts_with(presence_store::MAGIC) || !self.hub.has_presence(channel) {
+        if !payload.starts_with(presence_store::MAGIC) {
             return false;
         }
         match (Event::parse(payload), self.hub.channel(channel)) {
-            (None, _) => self.shared.metrics.dropped(DropReason::PresenceUnreadable, 1),
-            (Some(event), Some(channel)) => {
+            (None, _) => self.shared.metrics.dropped(DropReason::RedisUnreadable, 1),
+            (Some(event), Some(channel)) if self.hub.has_presence(channel.name()) => {
                 channel.tell(&event::presence_event(channel.name(), &event), fanout);
                 self.shared.metrics.presence_events.inc();
             }
-            (Some(_), None) => {}
+            // Nobody is in it, or the rule has no presence here: another instance's has.
+            (Some(_), _) => {}
         }
         true
     }
@@ -137,7 +144,7 @@ impl Broker {
     /// # Errors
     /// `too_large` or `bad_request`.
     pub fn check_payload(&self, payload: &[u8]) -> Result<(), Refusal> {
-        if payload.starts_with(presence_store::MAGIC) || history_redis::is_envelope(payload) {
+        if is_reserved(payload) {
             return Err(Refusal::new(ErrorCode::BadRequest, "a payload cannot start like what only Hubcast says"));
         }
         if payload.len() > self.publish_bytes_max {
@@ -209,6 +216,14 @@ impl Broker {
             self.health.redis(servers.is_any_usable());
         }
     }
+}
+
+/// Whether a message begins like what only Hubcast says, whatever its version: 0xFF, which no text has, and `hubcast/`
+/// (`presence_store::MAGIC`) or a control character (`history_redis::MAGIC`).
+fn is_reserved(message: &[u8]) -> bool {
+    message
+        .strip_prefix(b"\xFF")
+        .is_some_and(|rest| rest.starts_with(b"hubcast/") || rest.first().is_some_and(|version| *version < b' '))
 }
 
 /// A publish whose outcome may still be on its way from Redis.

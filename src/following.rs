@@ -190,7 +190,7 @@ impl Following {
     }
 
     /// Has the position checked if anybody would miss a loss.
-    fn check(self: &Arc<Self>) {
+    pub(crate) fn check(self: &Arc<Self>) {
         let mut out = Vec::new();
         let mut state = self.state.lock();
         if state.follow.is_confirmed() {

@@ -295,11 +295,13 @@ pub fn parse_envelope(message: &Bytes) -> Option<Entry> {
     Some(Entry { id: Cursor::parse_bytes(id)?, previous: Cursor::parse_bytes(previous)?, content })
 }
 
-/// An entry as the stream has it: the id, then `p`, the predecessor, `e` or `m`, and the content.
+/// An entry as the stream has it: the id, then `p`, the predecessor, `e` or `m`, and the content; what a newer build may
+/// put behind that is ignored.
 type Stored = (String, Vec<Vec<u8>>);
 
 fn parse_stored((id, fields): Stored) -> Option<Entry> {
-    let [_, previous, kind, content]: [Vec<u8>; 4] = fields.try_into().ok()?;
+    let mut fields = fields.into_iter().skip(1);
+    let (previous, kind, content) = (fields.next()?, fields.next()?, fields.next()?);
     let content = match kind.as_slice() {
         b"e" => Content::Event(content.into()),
         b"m" => Content::Marker(parse_shared(&content)?),

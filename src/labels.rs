@@ -22,8 +22,8 @@ pub enum Drop {
     RedisQueueFull,
     /// A Redis message above `HUBCAST_PUBLISH_BYTES_MAX`; the channel is told a gap.
     RedisTooLarge,
-    /// A Redis message that begins like a presence event, and is none.
-    PresenceUnreadable,
+    /// A Redis message that begins like what only Hubcast says, and cannot be read: another build's.
+    RedisUnreadable,
     /// The oldest that waited for a slow consumer, or came for one for which nothing else could go.
     DropOldest,
     /// They waited for a slow consumer, and a newer one of the same key came.

@@ -317,7 +317,7 @@ fn dropped(registry: &mut Registry) -> Labelled<7> {
         "connection_lost",
         "redis_queue_full",
         "redis_too_large",
-        "presence_unreadable",
+        "redis_unreadable",
         "drop_oldest",
         "conflated",
     ];

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::binary::Binary;
-use crate::harness::{Client, Redis, eventually, gateway, http, publish, ready, soon};
+use crate::harness::{Client, Redis, await_metric, eventually, gateway, http, publish, ready, soon};
 
 const RULES: (&str, &str) =
     ("HUBCAST_CHANNEL_RULES", r#"[{"match":"c","presence":true,"history":{"size":1000,"ttl":"1m"}}]"#);
@@ -159,7 +159,8 @@ async fn a_rolling_deploy_moves_everybody_who_miss_nothing_and_presence_says_not
 #[tokio::test(flavor = "multi_thread")]
 async fn an_instance_of_another_build_is_listed_and_harms_nobody() {
     let redis = Redis::start().await;
-    let gateway = gateway(&[("HUBCAST_REDIS_URL", &redis.url())]);
+    let rules = ("HUBCAST_CHANNEL_RULES", r#"[{"match":"h","history":{"size":10,"ttl":"1m"}},{"match":"*"}]"#);
+    let gateway = gateway(&[("HUBCAST_REDIS_URL", &redis.url()), rules]);
     ready(&gateway).await;
     let own = gateway.broker().shared.instance_id.to_string();
     eventually("its own record", async || {
@@ -189,10 +190,43 @@ async fn an_instance_of_another_build_is_listed_and_harms_nobody() {
     assert_eq!((answer["connections"].as_array().unwrap().len(), &answer["unreachable"]), (1, &json!(["newer"])));
     redis.command(&["PUBLISH", "hub:c", "1"]).await;
     client.expect(&json!({"type": "event", "channel": "c", "data": 1})).await;
+    foreign_frames_reach_no_client(&redis, &gateway, &mut client).await;
     crate::observe::fault(
         "instance of another build",
         None,
         began.elapsed(),
-        "records and questions of a newer build: listed, ignored, named",
+        "records, questions and frames of a newer build: listed, ignored, named, dropped, and history read at Redis",
     );
+}
+
+/// What instances with another version, or other rules, say to each other on a channel.
+async fn foreign_frames_reach_no_client(redis: &Redis, gateway: &Gateway, client: &mut Client) {
+    let mut link = redis::Client::open(redis.url()).unwrap().get_multiplexed_async_connection().await.unwrap();
+    let mut say = async |channel: &str, payload: &[u8]| {
+        redis::cmd("PUBLISH").arg(channel).arg(payload).exec_async(&mut link).await.unwrap();
+    };
+    let mut history = Client::connect(gateway).await;
+    history.send(&json!({"type": "subscribe", "channel": "h"})).await;
+    assert_eq!(history.json().await["type"], "subscribed");
+    publish(gateway, "h", b"1").await;
+    assert_eq!(history.json().await["data"], 1);
+    // Here, "c" has no presence.
+    say("hub:c", b"\xFFhubcast/1 {\"join\":\"alice\"}").await;
+    let unreadable: [&[u8]; 4] = [b"\xFFhubcast/2 {}", b"\xFF\x02e 1-1 1-0 {}", b"\xFF\x01e nonsense", b"\xFF\x1F"];
+    for frame in unreadable {
+        say("hub:c", frame).await;
+    }
+    // Binary data may begin with the same byte.
+    say("hub:c", b"\xFF\xFEx").await;
+    client.expect(&json!({"type": "event", "channel": "c", "data_base64": "//54"})).await;
+    await_metric(gateway, r#"hubcast_dropped_total{reason="redis_unreadable"}"#, 4.0).await;
+    // A newer build's entry has one field more, and its message another version.
+    let top: String = redis.query(&["GET", "ws:history_top:h"]).await.unwrap();
+    let (ms, _) = top.split_once('-').unwrap();
+    let next = format!("{}-1", ms.parse::<u64>().unwrap() + 1);
+    redis.command(&["XADD", "ws:history:h", &next, "p", &top, "e", "2", "zone", "b"]).await;
+    redis.command(&["SET", "ws:history_top:h", &next, "KEEPTTL"]).await;
+    say("hub:h", &[b"\xFF\x02", format!("e {next} {top} b 2").as_bytes()].concat()).await;
+    let read = history.json().await;
+    assert_eq!((&read["type"], &read["data"]), (&json!("event"), &json!(2)), "{read}");
 }
