@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use hubcast::commands::Place;
 use hubcast::redis_link::{Access, Endpoint};
-use hubcast::registry::{self, Registry, Roll, Settings};
+use hubcast::registry::{Registry, Roll, Settings};
+use hubcast::registry_writer;
 use serde_json::{Value, json};
 
 /// Connections that nobody made.
@@ -75,11 +76,11 @@ fn main() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     runtime.block_on(async {
         let client = redis::Client::open(format!("redis://127.0.0.1:{port}/")).unwrap();
-        let access = Access::new(client.get_connection_info().clone());
-        let place = Place::Server(Endpoint::fixed(access, &"bench".into()));
+        let access = Access::new(client.get_connection_info().clone(), &"bench".into());
+        let place = Place::Server(Endpoint::fixed(access));
         let settings = Settings { key_prefix: "ws:".into(), lease: Duration::from_secs(30) };
         let registry = Arc::new(Registry::new(settings));
-        let keeping = tokio::spawn(registry::run(place, registry, Arc::new(Synthetic(connections))));
+        let keeping = tokio::spawn(registry_writer::run(place, registry, Arc::new(Synthetic(connections))));
         let mut asking = loop {
             match client.get_multiplexed_async_connection().await {
                 Ok(asking) => break asking,

@@ -3,21 +3,23 @@
 //! The registry's keys are spread over all slots. Redirections, topology and reconnects of a cluster are the redis
 //! crate's matter here, because nothing on the message path waits for it.
 
+use std::sync::Arc;
+
 use futures_util::future::try_join_all;
 use redis::aio::{ConnectionLike, MultiplexedConnection};
 use redis::cluster::ClusterClient;
 use redis::cluster_async::ClusterConnection;
 use redis::{AsyncConnectionConfig, Cmd, Pipeline, RedisFuture, RedisResult, Value};
 
-use crate::redis_link::{CONNECT_TIMEOUT, Endpoint};
+use crate::redis_link::{CONNECT_TIMEOUT, Endpoint, client_name};
 
 /// Where a link goes.
 #[derive(Clone)]
 pub enum Place {
     /// To one server.
     Server(Endpoint),
-    /// To all nodes of a cluster.
-    Cluster(Box<ClusterClient>),
+    /// To all nodes of a cluster, by this name.
+    Cluster(Box<ClusterClient>, Arc<str>),
 }
 
 /// The link.
@@ -42,7 +44,12 @@ impl Place {
                     .set_response_timeout(Some(response_timeout));
                 Ok(Commands::Server(endpoint.connect(&config).await?))
             }
-            Self::Cluster(client) => Ok(Commands::Cluster(client.get_async_connection().await?)),
+            Self::Cluster(client, name) => {
+                let mut link = client.get_async_connection().await?;
+                // To all nodes. Connections that the crate makes anew later have none.
+                let _ = client_name(name).exec_async(&mut link).await;
+                Ok(Commands::Cluster(link))
+            }
         }
     }
 
@@ -50,7 +57,7 @@ impl Place {
     pub async fn moved(&mut self) {
         match self {
             Self::Server(endpoint) => endpoint.moved().await,
-            Self::Cluster(_) => std::future::pending().await,
+            Self::Cluster(..) => std::future::pending().await,
         }
     }
 }

@@ -47,7 +47,7 @@
 //! 1. Hub, channel, outbox, protocol, event and websocket do no I/O; hub and protocol never await.
 //! 2. After the upgrade a socket is written only by whoever holds its outbox's write right
 //!    (TLS records that it holds back are `socket`'s); only
-//!    `multiplexer`, `publisher`, `inbox`, `registry`, `commands`, `presence_redis` (through it `presence_writer`),
+//!    `multiplexer`, `publisher`, `inbox`, `registry`, `registry_writer`, `commands`, `presence_redis` (through it `presence_writer`),
 //!    `revocation`, `history_redis` (through it `repair` and `history_reader`), `replication` and the `redis_*` modules know Redis; only `config` reads the environment.
 //! 3. Every queue has a bound and a named policy when full.
 //! 4. A publication is encoded once per wire format, however many subscribers it has.
@@ -146,6 +146,7 @@ pub mod redis_link;
 pub mod redis_sentinel;
 pub mod redis_tasks;
 pub mod registry;
+pub mod registry_writer;
 pub mod servers;
 pub mod topology;
 pub mod upstream;

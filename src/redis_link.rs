@@ -30,18 +30,20 @@ const TCP_USER_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 pub struct Access {
     info: ConnectionInfo,
+    client_name: Arc<str>,
 }
 
 impl Access {
-    /// What a URL says: user, password, database, and whether TLS is spoken.
-    pub fn new(info: ConnectionInfo) -> Self {
+    /// What a URL says: user, password, database, and whether TLS is spoken; and the name for `CLIENT LIST`.
+    pub fn new(info: ConnectionInfo, client_name: &Arc<str>) -> Self {
         // RESP3, which pushes need.
         let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
         let tcp = TcpSettings::default()
             .set_nodelay(true)
             .set_keepalive(TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE))
             .set_user_timeout(TCP_USER_TIMEOUT);
-        Self { info: info.set_redis_settings(redis).set_tcp_settings(tcp) }
+        let info = info.set_redis_settings(redis).set_tcp_settings(tcp);
+        Self { info, client_name: Arc::clone(client_name) }
     }
 
     /// The same way to another address.
@@ -53,21 +55,25 @@ impl Access {
             }
             _ => ConnectionAddr::Tcp(host.to_owned(), port),
         };
-        Self { info: self.info.clone().set_addr(addr) }
+        self.with(self.info.clone().set_addr(addr))
     }
 
     /// The same without user and password.
     #[must_use]
     pub fn without_credentials(&self) -> Self {
         let redis = redis::RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP3);
-        Self { info: self.info.clone().set_redis_settings(redis) }
+        self.with(self.info.clone().set_redis_settings(redis))
     }
 
     /// The same at database 0, the only one that sentinels have.
     #[must_use]
     pub fn without_database(&self) -> Self {
         let redis = self.info.redis_settings().clone().set_db(0);
-        Self { info: self.info.clone().set_redis_settings(redis) }
+        self.with(self.info.clone().set_redis_settings(redis))
+    }
+
+    fn with(&self, info: ConnectionInfo) -> Self {
+        Self { info, client_name: Arc::clone(&self.client_name) }
     }
 
     /// `host:port`.
@@ -90,11 +96,20 @@ impl Access {
     pub async fn connect(&self, config: &AsyncConnectionConfig) -> RedisResult<MultiplexedConnection> {
         let client = Client::open(self.info.clone())?;
         let attempt = client.get_multiplexed_async_connection_with_config(config);
-        match tokio::time::timeout(CONNECT_TIMEOUT, attempt).await {
-            Ok(result) => result,
-            Err(_) => Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()),
-        }
+        let Ok(result) = tokio::time::timeout(CONNECT_TIMEOUT, attempt).await else {
+            return Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into());
+        };
+        let mut connection = result?;
+        let _ = client_name(&self.client_name).exec_async(&mut connection).await;
+        Ok(connection)
     }
+}
+
+/// Says whose a connection is, for `CLIENT LIST`, where it is allowed.
+pub(crate) fn client_name(name: &str) -> redis::Cmd {
+    let mut command = redis::cmd("CLIENT");
+    command.arg("SETNAME").arg(name);
+    command
 }
 
 /// A server to connect to.
@@ -111,19 +126,30 @@ pub struct Node {
 pub struct Endpoint {
     node: watch::Receiver<Option<Node>>,
     doubt: Arc<Notify>,
-    client_name: Arc<str>,
+    /// The address of the last connection.
+    last: Option<String>,
+    has_moved: bool,
 }
 
 impl Endpoint {
     /// A server that is always the same.
-    pub fn fixed(access: Access, client_name: &Arc<str>) -> Self {
+    pub fn fixed(access: Access) -> Self {
         let (_, node) = watch::channel(Some(Node { access, must_be_primary: false }));
-        Self { node, doubt: Arc::default(), client_name: Arc::clone(client_name) }
+        Self { node, doubt: Arc::default(), last: None, has_moved: false }
     }
 
     /// A server that somebody else looks for; whoever has trouble with it notifies `doubt`.
-    pub fn found(node: watch::Receiver<Option<Node>>, doubt: &Arc<Notify>, client_name: &Arc<str>) -> Self {
-        Self { node, doubt: Arc::clone(doubt), client_name: Arc::clone(client_name) }
+    pub fn found(node: watch::Receiver<Option<Node>>, doubt: &Arc<Notify>) -> Self {
+        Self { node, doubt: Arc::clone(doubt), last: None, has_moved: false }
+    }
+
+    /// Waits until there is a server.
+    pub async fn server(&mut self) -> Node {
+        // Without a sender the node stays what it is.
+        match self.node.wait_for(Option::is_some).await.ok().and_then(|node| node.clone()) {
+            Some(node) => node,
+            None => std::future::pending().await,
+        }
     }
 
     /// Waits until there is a server, and connects to it.
@@ -131,28 +157,10 @@ impl Endpoint {
     /// # Errors
     /// Whatever kept it from connecting, or that the server is not the primary.
     pub async fn connect(&mut self, config: &AsyncConnectionConfig) -> RedisResult<MultiplexedConnection> {
-        // Without a sender the node stays what it is.
-        let Some(node) = self.node.wait_for(Option::is_some).await.ok().and_then(|node| node.clone()) else {
-            return std::future::pending().await;
-        };
-        let connection = self.try_connect(&node, config).await;
-        if connection.is_err() {
-            self.doubt();
-        }
-        connection
-    }
-
-    async fn try_connect(&self, node: &Node, config: &AsyncConnectionConfig) -> RedisResult<MultiplexedConnection> {
-        let mut connection = node.access.connect(config).await?;
-        // For CLIENT LIST, where it is allowed.
-        let mut name = redis::cmd("CLIENT");
-        let _ = name.arg("SETNAME").arg(&*self.client_name).exec_async(&mut connection).await;
-        if node.must_be_primary {
-            let role: Vec<redis::Value> = redis::cmd("ROLE").query_async(&mut connection).await?;
-            if role.first() != Some(&redis::Value::BulkString(b"master".to_vec())) {
-                return Err((ErrorKind::Client, "the server is not the primary").into());
-            }
-        }
+        let node = self.server().await;
+        let connection = try_connect(&node, config).await.inspect_err(|_| self.doubt())?;
+        let last = self.last.replace(node.access.address());
+        self.has_moved = node.must_be_primary && last.is_some() && last != self.last;
         Ok(connection)
     }
 
@@ -163,10 +171,26 @@ impl Endpoint {
         }
     }
 
+    /// Whether the last connection is to another primary than the one before.
+    pub fn has_moved(&self) -> bool {
+        self.has_moved
+    }
+
     /// Something suggests that the server is not the right one: whoever looks for it looks again.
     pub fn doubt(&self) {
         self.doubt.notify_one();
     }
+}
+
+async fn try_connect(node: &Node, config: &AsyncConnectionConfig) -> RedisResult<MultiplexedConnection> {
+    let mut connection = node.access.connect(config).await?;
+    if node.must_be_primary {
+        let role: Vec<redis::Value> = redis::cmd("ROLE").query_async(&mut connection).await?;
+        if role.first() != Some(&redis::Value::BulkString(b"master".to_vec())) {
+            return Err((ErrorKind::Client, "the server is not the primary").into());
+        }
+    }
+    Ok(connection)
 }
 
 /// Whether a cluster says that a key or channel is at another node, or at none at this moment.

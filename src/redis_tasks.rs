@@ -17,7 +17,7 @@ use crate::redis_cluster;
 use crate::redis_config::RedisMode;
 use crate::redis_link::{Access, CONNECT_TIMEOUT, Endpoint, Node};
 use crate::redis_sentinel;
-use crate::registry;
+use crate::registry_writer;
 use crate::repair;
 use crate::servers::Servers;
 use crate::topology::{NODES_MAX, Topology};
@@ -49,7 +49,8 @@ impl Redis {
         }
         // Whoever embeds the gateway may have chosen one already.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let access = |url: &String| Ok(Access::new(url.as_str().into_connection_info()?));
+        let client_name: Arc<str> = format!("hubcast-{instance_id}").into();
+        let access = |url: &String| Ok(Access::new(url.as_str().into_connection_info()?, &client_name));
         let urls = config.redis_urls.iter().map(access).collect::<redis::RedisResult<Vec<_>>>()?;
         let prefix = &config.redis_channel_prefix;
         let topology = match config.redis_mode {
@@ -58,7 +59,6 @@ impl Redis {
             RedisMode::Cluster => Topology::partitions_of(config.redis_partitions, prefix),
         };
         let (servers, jobs) = Servers::new(Arc::new(topology), config.publish_timeout);
-        let client_name = format!("hubcast-{instance_id}").into();
         Ok(Some(Self { servers: Arc::new(servers), jobs, urls, client_name }))
     }
 
@@ -105,14 +105,14 @@ impl Redis {
         }
         if let Some(registry) = &broker.shared.registry {
             let roll = Arc::clone(&broker.shared);
-            tasks.push(tokio::spawn(registry::run(places.registry, Arc::clone(registry), roll)));
+            tasks.push(tokio::spawn(registry_writer::run(places.registry, Arc::clone(registry), roll)));
         }
         Ok(tasks)
     }
 
     /// The registry is on the first server.
     fn standalone(&self, broker: &Broker) -> Places {
-        let endpoint = |access: &Access| Endpoint::fixed(access.clone(), &self.client_name);
+        let endpoint = |access: &Access| Endpoint::fixed(access.clone());
         let endpoints: Vec<_> = self.urls.iter().map(endpoint).collect();
         broker.shared.metrics.redis_servers.set(endpoints.len() as i64);
         Places { registry: Place::Server(endpoints[0].clone()), endpoints, search: None }
@@ -123,7 +123,7 @@ impl Redis {
         let (found, node) = watch::channel(None);
         // Each link has its own doubts; whichever comes first has the sentinels asked.
         let doubt = Arc::new(Notify::new());
-        let endpoint = Endpoint::found(node, &doubt, &self.client_name);
+        let endpoint = Endpoint::found(node, &doubt);
         let search = redis_sentinel::watch(self.urls.clone(), config.redis_sentinel_master.clone(), found, doubt);
         let registry = Place::Server(endpoint.clone());
         Places { endpoints: vec![endpoint], registry, search: Some(tokio::spawn(search)) }
@@ -135,14 +135,15 @@ impl Redis {
         // The last place is nobody's: its sender is gone, so its links wait for ever.
         let nobody = watch::channel(None).1;
         let endpoints = receivers.into_iter().chain([nobody]);
-        let endpoints = endpoints.map(|node| Endpoint::found(node, &doubt, &self.client_name)).collect();
+        let endpoints = endpoints.map(|node| Endpoint::found(node, &doubt)).collect();
         let watch =
             redis_cluster::watch(self.urls.clone(), self.topology(), senders, Arc::clone(&doubt), Arc::clone(broker));
         let client = ClusterClient::builder(config.redis_urls.iter().map(String::as_str))
             .use_protocol(ProtocolVersion::RESP3)
             .connection_timeout(CONNECT_TIMEOUT)
-            .response_timeout(registry::RESPONSE_TIMEOUT)
+            .response_timeout(registry_writer::RESPONSE_TIMEOUT)
             .build()?;
-        Ok(Places { endpoints, registry: Place::Cluster(Box::new(client)), search: Some(tokio::spawn(watch)) })
+        let registry = Place::Cluster(Box::new(client), Arc::clone(&self.client_name));
+        Ok(Places { endpoints, registry, search: Some(tokio::spawn(watch)) })
     }
 }

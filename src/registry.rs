@@ -1,6 +1,6 @@
 //! What Redis knows of this instance: that it lives, and who is connected to it.
 //!
-//! One task with a link of its own writes what changed in batches; nothing waits for it. It is
+//! One task with a link of its own (`registry_writer.rs`) writes what changed in batches; nothing waits for it. It is
 //! level-triggered: whoever opens or closes a connection notes its number, and the task writes what is
 //! the case when it looks. One instance at a time sweeps up what dead ones left.
 //!
@@ -11,41 +11,26 @@
 //! - `connections:{instance_id}`: numbers of its connections, for whoever sweeps up after it;
 //! - `sweeper`: the instance that sweeps now.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use redis::{Pipeline, RedisResult};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, timeout};
-use tracing::{info, warn};
+use tokio::time::timeout;
+use tracing::warn;
 
-use crate::commands::{Commands, Place};
+use crate::commands::Commands;
 use crate::connection::Shared;
 use crate::metrics::Link;
-use crate::redis_link::Backoff;
-
-/// Version of the JSON values, so that instances of different builds read each other's.
-const RECORD_VERSION: u32 = 1;
-
-/// Entries of one pipeline.
-const BATCH_ENTRIES: usize = 500;
-
-/// Changes are gathered for this long, so that a storm of connects is a few pipelines.
-const BATCH_TIME: Duration = Duration::from_millis(20);
 
 /// Noted changes that can wait; beyond it they are dropped, and everything is written anew.
 const CHANGES_MAX: usize = 1 << 20;
-
-/// An answer that takes longer means that the link is dead.
-pub const RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long leaving may hold up the end of the process.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A connection is renewed in so many parts, one each time.
-const REFRESH_PARTS: u32 = 45;
+pub(crate) const REFRESH_PARTS: u32 = 45;
 
 /// What the registry needs to know.
 #[derive(Clone, Debug)]
@@ -58,21 +43,21 @@ pub struct Settings {
 
 impl Settings {
     /// Three tries to renew within a lease.
-    fn heartbeat(&self) -> Duration {
+    pub(crate) fn heartbeat(&self) -> Duration {
         self.lease / 3
     }
 
     /// How long a connection's entry lives without being renewed: 120 s.
-    fn connection_ttl(&self) -> Duration {
+    pub(crate) fn connection_ttl(&self) -> Duration {
         self.lease * 4
     }
 
     /// Every connection is renewed within one and a half leases.
-    fn refresh(&self) -> Duration {
+    pub(crate) fn refresh(&self) -> Duration {
         self.lease * 3 / 2 / REFRESH_PARTS
     }
 
-    fn sweep(&self) -> Duration {
+    pub(crate) fn sweep(&self) -> Duration {
         self.lease / 6
     }
 }
@@ -106,7 +91,7 @@ pub trait Roll: Send + Sync + 'static {
 /// The local side: what has changed, and the way to ask.
 #[derive(Debug)]
 pub struct Registry {
-    settings: Settings,
+    pub(crate) settings: Settings,
     changes: Mutex<Changes>,
     has_changed: Notify,
     link: Mutex<Option<Commands>>,
@@ -114,11 +99,13 @@ pub struct Registry {
     has_left: Notify,
 }
 
+/// Connections that were opened or closed.
 #[derive(Debug, Default)]
-struct Changes {
-    numbers: Vec<u64>,
+pub(crate) struct Changes {
+    /// Theirs.
+    pub(crate) numbers: Vec<u64>,
     /// More changed than can be told: everything has to be written.
-    is_overrun: bool,
+    pub(crate) is_overrun: bool,
 }
 
 /// Redis could not be asked.
@@ -187,6 +174,34 @@ impl Registry {
     }
 }
 
+/// For the task that writes.
+impl Registry {
+    /// The link is up, or lost.
+    pub(crate) fn lend(&self, link: Option<Commands>) {
+        *self.link.lock() = link;
+    }
+
+    /// Waits until something is noted.
+    pub(crate) async fn changed(&self) {
+        self.has_changed.notified().await;
+    }
+
+    /// Takes what is noted.
+    pub(crate) fn take(&self) -> Changes {
+        std::mem::take(&mut *self.changes.lock())
+    }
+
+    /// Waits until the instance is to be taken out.
+    pub(crate) async fn asked_to_leave(&self) {
+        self.leave.notified().await;
+    }
+
+    /// It is out.
+    pub(crate) fn left(&self) {
+        self.has_left.notify_one();
+    }
+}
+
 impl From<redis::RedisError> for Unavailable {
     fn from(error: redis::RedisError) -> Self {
         warn!(%error, "redis did not answer a question");
@@ -195,258 +210,25 @@ impl From<redis::RedisError> for Unavailable {
 }
 
 impl Settings {
-    fn instance(&self, id: &str) -> String {
+    pub(crate) fn instance(&self, id: &str) -> String {
         format!("{}instance:{id}", self.key_prefix)
     }
 
-    fn connection(&self, instance_id: &str, number: u64) -> String {
+    pub(crate) fn connection(&self, instance_id: &str, number: u64) -> String {
         format!("{}conn:{instance_id}-{number}", self.key_prefix)
     }
 
-    fn connections(&self, instance_id: &str) -> String {
+    pub(crate) fn connections(&self, instance_id: &str) -> String {
         format!("{}connections:{instance_id}", self.key_prefix)
     }
 
-    fn instances(&self) -> String {
+    pub(crate) fn instances(&self) -> String {
         format!("{}instances", self.key_prefix)
     }
 
-    fn sweeper(&self) -> String {
+    pub(crate) fn sweeper(&self) -> String {
         format!("{}sweeper", self.key_prefix)
     }
-}
-
-/// Keeps the registry until the runtime ends.
-pub async fn run<R: Roll>(mut place: Place, registry: Arc<Registry>, roll: Arc<R>) {
-    let mut backoff = Backoff::default();
-    let mut was_up = false;
-    loop {
-        match place.connect(RESPONSE_TIMEOUT).await {
-            Ok(link) => {
-                *registry.link.lock() = Some(link.clone());
-                roll.note_link(true, was_up);
-                was_up = true;
-                backoff = Backoff::default();
-                let mut writer = Writer { link, settings: &registry.settings, registry: &registry, roll: &*roll };
-                tokio::select! {
-                    error = writer.serve() => warn!(%error, "lost the registry's connection to redis"),
-                    () = place.moved() => info!("the registry moves to another redis server"),
-                }
-                *registry.link.lock() = None;
-                roll.note_link(false, was_up);
-            }
-            Err(error) if backoff.is_first() => warn!(%error, "cannot reach redis for the registry, retrying"),
-            Err(_) => {}
-        }
-        tokio::time::sleep(backoff.pause()).await;
-    }
-}
-
-/// One connection's time.
-struct Writer<'a, R> {
-    link: Commands,
-    settings: &'a Settings,
-    registry: &'a Registry,
-    roll: &'a R,
-}
-
-impl<R: Roll> Writer<'_, R> {
-    /// Serves until the link is lost; returns why.
-    async fn serve(&mut self) -> redis::RedisError {
-        match self.try_serve().await {
-            Err(error) => error,
-            // It has left: nothing more is written.
-            Ok(()) => std::future::pending().await,
-        }
-    }
-
-    async fn try_serve(&mut self) -> RedisResult<()> {
-        self.renew_lease().await?;
-        self.write_all().await?;
-        let mut heartbeat = ticks(self.settings.heartbeat());
-        let mut refresh = ticks(self.settings.refresh());
-        let mut sweep = ticks(self.settings.sweep());
-        let mut part = 0;
-        loop {
-            tokio::select! {
-                () = self.registry.leave.notified() => {
-                    self.leave().await?;
-                    self.registry.has_left.notify_one();
-                    return Ok(());
-                }
-                _ = heartbeat.tick() => {
-                    if self.renew_lease().await? {
-                        info!("this instance was taken for dead, and registers anew");
-                        self.write_all().await?;
-                    }
-                }
-                () = self.registry.has_changed.notified() => {
-                    tokio::time::sleep(BATCH_TIME).await;
-                    self.write_changes().await?;
-                }
-                _ = refresh.tick() => {
-                    part = (part + 1) % REFRESH_PARTS;
-                    let numbers = self.roll.connections(|number| number % u64::from(REFRESH_PARTS) == u64::from(part));
-                    self.write(&numbers, false).await?;
-                }
-                _ = sweep.tick() => self.sweep().await?,
-            }
-        }
-    }
-
-    /// True if Redis did not know the instance: it is new there, or was swept up.
-    async fn renew_lease(&mut self) -> RedisResult<bool> {
-        let id = self.roll.instance_id();
-        let record = versioned(self.roll.instance());
-        // The lease first: whoever is listed without one is taken for dead.
-        let mut set = redis::cmd("SET");
-        set.arg(self.settings.instance(id)).arg(record).arg("PX").arg(millis(self.settings.lease));
-        set.exec_async(&mut self.link).await?;
-        let (is_new,): (bool,) = redis::pipe()
-            .sadd(self.settings.instances(), id)
-            .cmd("PEXPIRE")
-            .arg(self.settings.connections(id))
-            .arg(millis(self.settings.connection_ttl()))
-            .ignore()
-            .query_async(&mut self.link)
-            .await?;
-        Ok(is_new)
-    }
-
-    /// Registers every connection, and nobody else.
-    async fn write_all(&mut self) -> RedisResult<()> {
-        *self.registry.changes.lock() = Changes::default();
-        self.roll.note_loss();
-        let index = self.settings.connections(self.roll.instance_id());
-        redis::cmd("UNLINK").arg(index).exec_async(&mut self.link).await?;
-        let numbers = self.roll.connections(|_| true);
-        self.write(&numbers, true).await
-    }
-
-    async fn write_changes(&mut self) -> RedisResult<()> {
-        let Changes { mut numbers, is_overrun } = std::mem::take(&mut *self.registry.changes.lock());
-        if is_overrun {
-            return self.write_all().await;
-        }
-        numbers.sort_unstable();
-        numbers.dedup();
-        self.write(&numbers, true).await
-    }
-
-    /// Writes what is the case: a record of each that is open, none of the others. The index only if `with_index`.
-    async fn write(&mut self, numbers: &[u64], with_index: bool) -> RedisResult<()> {
-        let id = self.roll.instance_id();
-        let index = self.settings.connections(id);
-        for batch in numbers.chunks(BATCH_ENTRIES) {
-            let mut pipeline = redis::pipe();
-            let (mut open, mut closed) = (Vec::new(), Vec::new());
-            for number in batch {
-                let key = self.settings.connection(id, *number);
-                match self.roll.connection(*number) {
-                    Some(record) => {
-                        self.set(&mut pipeline, key, record);
-                        open.push(*number);
-                    }
-                    None => {
-                        pipeline.cmd("UNLINK").arg(key).ignore();
-                        closed.push(*number);
-                    }
-                }
-            }
-            if with_index && !open.is_empty() {
-                pipeline.sadd(&index, open).ignore();
-                pipeline.cmd("PEXPIRE").arg(&index).arg(millis(self.settings.connection_ttl())).ignore();
-            }
-            if !closed.is_empty() {
-                pipeline.srem(&index, closed).ignore();
-            }
-            pipeline.exec_async(&mut self.link).await?;
-        }
-        Ok(())
-    }
-
-    fn set(&self, pipeline: &mut Pipeline, key: String, record: Value) {
-        let ttl = millis(self.settings.connection_ttl());
-        pipeline.cmd("SET").arg(key).arg(versioned(record)).arg("PX").arg(ttl).ignore();
-    }
-
-    /// Removes what dead instances left, if it is this instance's turn.
-    async fn sweep(&mut self) -> RedisResult<()> {
-        let own = self.roll.instance_id();
-        let lock = self.settings.sweeper();
-        let (_, holder): (Option<String>, Option<String>) = redis::pipe()
-            .cmd("SET")
-            .arg(&lock)
-            .arg(own)
-            .arg("NX")
-            .arg("PX")
-            .arg(millis(self.settings.lease / 2))
-            .get(&lock)
-            .query_async(&mut self.link)
-            .await?;
-        if holder.as_deref() != Some(own) {
-            return Ok(());
-        }
-        redis::cmd("PEXPIRE").arg(&lock).arg(millis(self.settings.lease / 2)).exec_async(&mut self.link).await?;
-        let ids: Vec<String> =
-            redis::cmd("SMEMBERS").arg(self.settings.instances()).query_async(&mut self.link).await?;
-        let mut pipeline = redis::pipe();
-        for id in &ids {
-            pipeline.exists(self.settings.instance(id));
-        }
-        let live: Vec<bool> = pipeline.query_async(&mut self.link).await?;
-        for (id, _) in ids.iter().zip(live).filter(|(_, is_live)| !is_live) {
-            let connections = self.sweep_up(id).await?;
-            info!(instance = id, connections, "removed what a dead instance left");
-        }
-        Ok(())
-    }
-
-    /// Removes an instance and its connections; returns how many those were.
-    async fn sweep_up(&mut self, id: &str) -> RedisResult<usize> {
-        let index = self.settings.connections(id);
-        let mut count = 0;
-        loop {
-            let numbers: Vec<u64> =
-                redis::cmd("SRANDMEMBER").arg(&index).arg(BATCH_ENTRIES).query_async(&mut self.link).await?;
-            if numbers.is_empty() {
-                break;
-            }
-            count += numbers.len();
-            let mut pipeline = redis::pipe();
-            for number in &numbers {
-                pipeline.cmd("UNLINK").arg(self.settings.connection(id, *number)).ignore();
-            }
-            pipeline.srem(&index, numbers).ignore();
-            pipeline.exec_async(&mut self.link).await?;
-        }
-        if self.roll.sweep_up(&mut self.link, id, &self.settings.instance(id)).await {
-            redis::cmd("SREM").arg(self.settings.instances()).arg(id).exec_async(&mut self.link).await?;
-        }
-        Ok(count)
-    }
-
-    async fn leave(&mut self) -> RedisResult<()> {
-        let id = self.roll.instance_id();
-        redis::cmd("UNLINK").arg(self.settings.instance(id)).exec_async(&mut self.link).await?;
-        self.sweep_up(id).await.map(drop)
-    }
-}
-
-/// Ticks at a random phase, so that instances started together do not tick together.
-fn ticks(period: Duration) -> Interval {
-    let mut ticks = interval_at(Instant::now() + period.mul_f64(rand::random()), period);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    ticks
-}
-
-fn millis(duration: Duration) -> u64 {
-    duration.as_millis() as u64
-}
-
-fn versioned(mut record: Value) -> String {
-    record["v"] = RECORD_VERSION.into();
-    record.to_string()
 }
 
 impl Roll for Shared {

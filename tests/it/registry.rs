@@ -7,7 +7,8 @@ use hubcast::gateway::Gateway;
 use serde_json::{Value, json};
 
 use crate::binary::Binary;
-use crate::harness::{Client, Redis, eventually, gateway_with, http, metric};
+use crate::harness::{Client, Redis, await_metric, eventually, gateway, gateway_with, http, metric};
+use crate::proxy::Proxy;
 
 /// An instance whose lease is short enough to wait for.
 fn instance(redis: &Redis) -> Gateway {
@@ -52,6 +53,11 @@ async fn a_connection_is_in_redis_for_as_long_as_it_lives() {
     let gateway = instance(&redis);
     let id = gateway.broker().shared.instance_id.to_string();
     await_keys(&redis, "the instance", &instance_keys(&id)).await;
+    let day_ms = 24 * 60 * 60 * 1000;
+    eventually("a list that ends when nobody is left", async || {
+        redis.query::<i64>(&["PTTL", "ws:instances"]).await.ok().filter(|ttl_ms| (1..=day_ms).contains(ttl_ms))
+    })
+    .await;
     let mut alice = Client::open(&gateway, "/ws?user=alice", Some("hubcast.v1")).await;
     let connection_id = alice.json().await["connection_id"].as_str().unwrap().to_owned();
     let nobody = Client::connect(&gateway).await;
@@ -155,6 +161,28 @@ async fn the_registry_is_written_anew_when_redis_comes_back_empty() {
     .await;
     assert_eq!(metric(&gateway, r#"hubcast_redis_reconnects_total{link="registry"}"#).await, 1.0);
     assert_eq!(before.intersection(&after).filter(|key| key.starts_with("ws:conn:")).count(), 1, "one of the old ones");
+}
+
+/// Its own lifetime is two minutes.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_closed_while_redis_cannot_be_reached_is_not_in_it_afterwards() {
+    let redis = Redis::start().await;
+    let mut proxy = Proxy::start(redis.addr()).await;
+    let gateway = gateway(&[("HUBCAST_REDIS_URL", &format!("redis://{}/", proxy.addr()))]);
+    let mut gone = Client::open(&gateway, "/ws", None).await;
+    let mut stays = Client::open(&gateway, "/ws", None).await;
+    let mut key = [String::new(), String::new()];
+    for (key, client) in key.iter_mut().zip([&mut gone, &mut stays]) {
+        *key = format!("ws:conn:{}", client.json().await["connection_id"].as_str().unwrap());
+        eventually("its record", async || record(&redis, key).await).await;
+    }
+    proxy.cut().await;
+    await_metric(&gateway, r#"hubcast_redis_link_up{link="registry"}"#, 0.0).await;
+    drop(gone);
+    await_metric(&gateway, "hubcast_connections", 1.0).await;
+    proxy.heal().await;
+    eventually("the record to be gone", async || record(&redis, &key[0]).await.is_none().then_some(())).await;
+    assert!(record(&redis, &key[1]).await.is_some());
 }
 
 #[tokio::test(flavor = "multi_thread")]
