@@ -135,11 +135,15 @@ impl Presence {
     /// Notes that it is not any more.
     pub fn leave(&self, channel: &Arc<str>, member: Member) {
         let mut here = self.here.lock();
-        if let Some(entry) = here.entry(channel, &member) {
-            entry.is_here = false;
+        let Some(entry) = here.entry(channel, &member) else { return };
+        entry.is_here = false;
+        if entry.is_tried {
             here.note(channel, member);
             drop(here);
             self.has_changed.notify_one();
+        } else {
+            // Nobody else knows of it. While Redis is away, many may come and go.
+            here.remove(channel, &member);
         }
     }
 
@@ -227,8 +231,9 @@ impl Presence {
         self.has_changed.notify_one();
     }
 
-    /// Takes what is noted, or a part of it, with what is the case now.
-    pub(crate) fn take(&self) -> BTreeMap<Arc<str>, Work> {
+    /// Takes what is noted, or a part of it, with what is the case now. What is on a server that `is_away` is left
+    /// out: when that is back, everything is written again.
+    pub(crate) fn take(&self, is_away: impl Fn(&str) -> bool) -> BTreeMap<Arc<str>, Work> {
         let mut here = self.here.lock();
         let here = &mut *here;
         let mut noted = here.notes.split_off(here.notes.len().saturating_sub(TURN_ENTRIES));
@@ -246,6 +251,9 @@ impl Presence {
             let Some(entry) = here.entry(&channel, &member) else { continue };
             if !entry.is_here && !entry.is_tried {
                 here.remove(&channel, &member);
+                continue;
+            }
+            if is_away(&channel) {
                 continue;
             }
             entry.is_tried = true;

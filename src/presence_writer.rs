@@ -116,10 +116,13 @@ impl Writer {
         }
     }
 
+    /// What fails does not hold up the rest: it may be at another server.
     async fn turn(&mut self) -> RedisResult<()> {
-        self.rewrite_if_needed().await?;
-        self.write().await?;
-        self.settle().await
+        let rewritten = self.rewrite_if_needed().await;
+        let written = self.write().await;
+        // Until that has succeeded, a Redis that came back empty knows of no leave.
+        rewritten?;
+        self.settle().await.and(written)
     }
 
     /// After a loss of Redis everything is written again, and what only its index knows is taken back.
@@ -131,7 +134,14 @@ impl Writer {
         if !must_rewrite && state == self.known {
             return Ok(());
         }
-        let result = self.compare_index(&store).await;
+        let result = match self.index_link() {
+            Ok(link) => self.compare_index(&store, link).await,
+            // On other servers leaves go on. When the registry's link is back, everything is written again.
+            Err(_) => {
+                self.presence().note_all(false);
+                Ok(())
+            }
+        };
         match result {
             Ok(()) => self.known = state,
             Err(_) => self.presence().rewrite(),
@@ -139,9 +149,8 @@ impl Writer {
         result
     }
 
-    async fn compare_index(&self, store: &RedisStore) -> RedisResult<()> {
+    async fn compare_index(&self, store: &RedisStore, mut link: Commands) -> RedisResult<()> {
         let (presence, own) = (self.presence(), &*self.broker.shared.instance_id);
-        let mut link = self.index_link()?;
         let was_swept = store.was_swept(&mut link, own).await?;
         let mut cursor = 0;
         loop {
@@ -166,7 +175,7 @@ impl Writer {
 
     /// Writes what is noted.
     async fn write(&mut self) -> RedisResult<()> {
-        let work = self.presence().take();
+        let work = self.presence().take(|channel| self.is_away(channel));
         let indexed = self.index(&work).await;
         let mut calls = Vec::new();
         for (channel, Work { here, gone }) in work {
@@ -174,7 +183,6 @@ impl Writer {
             match &indexed {
                 Ok(()) => calls.extend(in_calls(&channel, Step::Join, &here)),
                 Err(_) if self.index_link().is_ok() => self.presence().note_again(&channel, members(here)),
-                // When the registry's link is back, everything is written again.
                 Err(_) => {}
             }
         }
@@ -273,7 +281,8 @@ impl Writer {
             let entries: Vec<_> = gone.iter().map(|(channel, member)| (&**channel, member)).collect();
             let unindexed = match self.index_link() {
                 Ok(mut link) => store.unindex(&mut link, &self.broker.shared.instance_id, &entries).await,
-                Err(error) => Err(error),
+                // When it is back, what the index has and nobody here knows is taken out.
+                Err(_) => Ok(()),
             };
             if let Err(error) = unindexed {
                 for (channel, member) in gone {

@@ -1,11 +1,13 @@
 //! Several independent Redis servers that share the channels, and many channels over many instances.
 
+use std::time::Duration;
+
 use futures_util::future::join_all;
 use hubcast::gateway::Gateway;
 use hubcast::topology::Topology;
 use serde_json::json;
 
-use crate::harness::{Client, Redis, await_metric, eventually, gateway, http, publish, ready};
+use crate::harness::{Client, Redis, await_metric, eventually, gateway, gateway_with, http, publish, ready};
 
 /// Channels enough that every server has some.
 const CHANNELS: usize = 30;
@@ -108,6 +110,78 @@ async fn independent_servers_share_the_channels_and_one_that_dies_takes_only_its
     }
 }
 
+/// What README promises of partitions, where nodes share the slots evenly.
+#[test]
+fn partitions_are_spread_over_the_nodes() {
+    for (partitions, nodes, least, most) in [(64, 3, 21, 22), (64, 4, 16, 16), (1024, 18, 52, 65), (1024, 20, 44, 55)] {
+        let topology = Topology::partitions_of(partitions, "hub:");
+        let owner = |slot: u16| usize::from(slot) * nodes / 16_384;
+        assert!(topology.place(|slot| Some(owner(slot))));
+        let mut shares = vec![0; nodes];
+        topology.slots().for_each(|slot| shares[owner(slot)] += 1);
+        let (min, max) = (shares.iter().min().unwrap(), shares.iter().max().unwrap());
+        assert_eq!((*min, *max), (least, most), "{partitions} over {nodes}: {shares:?}");
+        // Channels are spread over the partitions as evenly.
+        let mut channels = vec![0; nodes];
+        (0..100_000).for_each(|channel| channels[topology.server_of(&name(channel))] += 1);
+        for (channels, share) in channels.iter().zip(&shares) {
+            let expected = 100_000 * share / partitions;
+            assert!(channels * 10 > expected * 9 && channels * 10 < expected * 11, "{channels}, not {expected}");
+        }
+    }
+}
+
+/// The registry is on the first.
+#[tokio::test(flavor = "multi_thread")]
+async fn presence_goes_on_where_the_first_server_is_not_needed() {
+    let mut servers = [Redis::start().await, Redis::start().await];
+    let urls = servers.each_ref().map(Redis::url).join(",");
+    let rules = ("HUBCAST_CHANNEL_RULES", r#"[{"match":"*","presence":true}]"#);
+    let gateways = [(); 2].map(|()| {
+        gateway_with(&[("HUBCAST_REDIS_URL", &urls), rules], |config| {
+            config.presence_debounce = Duration::from_millis(200);
+        })
+    });
+    for gateway in &gateways {
+        await_metric(gateway, r#"hubcast_redis_link_up{link="subscribe"}"#, 2.0).await;
+        await_metric(gateway, r#"hubcast_redis_link_up{link="publish"}"#, 2.0).await;
+        await_metric(gateway, r#"hubcast_redis_link_up{link="registry"}"#, 1.0).await;
+    }
+    let topology = Topology::servers_of(2, "hub:");
+    let channel = (0..CHANNELS).map(name).find(|channel| topology.server_of(channel) == 1).unwrap();
+    let told = |kind: &str, user: &str| json!({"type": kind, "channel": channel, "user": user});
+    let enter = async |gateway: &Gateway, user: &str| {
+        let mut client = Client::open(gateway, &format!("/ws?user={user}"), None).await;
+        assert_eq!(client.json().await["type"], "welcome");
+        client.send(&json!({"type": "subscribe", "channel": channel})).await;
+        client.expect(&json!({"type": "subscribed", "channel": channel})).await;
+        client
+    };
+    let mut observer = enter(&gateways[0], "observer").await;
+    observer.expect(&told("join", "observer")).await;
+    let alice = enter(&gateways[1], "alice").await;
+    observer.expect(&told("join", "alice")).await;
+    servers[0].kill();
+    for gateway in &gateways {
+        await_metric(gateway, r#"hubcast_redis_link_up{link="registry"}"#, 0.0).await;
+    }
+    drop(alice);
+    observer.expect(&told("leave", "alice")).await;
+    // Who comes is let in, and told once the index of its instance can be written.
+    let _bob = enter(&gateways[1], "bob").await;
+    drop(enter(&gateways[1], "carol").await);
+    await_metric(&gateways[1], "hubcast_connections", 1.0).await;
+    servers[0].restart().await;
+    observer.expect(&told("join", "bob")).await;
+    let answer = http(&gateways[0], &format!("GET /api/presence/{channel}?limit=0"), "", b"").await;
+    assert_eq!((&answer.json()["users"], &answer.json()["connections"]), (&json!(2), &json!(2)));
+    eventually("nothing of the others to be left in the index", async || {
+        let index = format!("ws:presence_of:{}", gateways[1].broker().shared.instance_id);
+        (servers[0].query::<usize>(&["SCARD", &index]).await.ok()? == 1).then_some(())
+    })
+    .await;
+}
+
 async fn text(redis: &Redis, arguments: &[&str]) -> String {
     redis::from_redis_value(redis.command(arguments).await).expect("it answers with text")
 }
@@ -124,6 +198,18 @@ async fn channels(redis: &Redis) -> usize {
         redis::Value::Array(list) => list.len(),
         other => panic!("{other:?}"),
     }
+}
+
+/// Whether of every channel there is one, no more and no less.
+async fn has_one_subscriber_each(redis: &Redis, channels: usize) -> bool {
+    let names: Vec<_> = (0..channels).map(|channel| format!("hub:{}", name(channel))).collect();
+    let mut counted = 0;
+    for names in names.chunks(5_000) {
+        let command: Vec<_> = ["PUBSUB", "NUMSUB"].into_iter().chain(names.iter().map(String::as_str)).collect();
+        let counts: Vec<(String, usize)> = redis.query(&command).await.expect("redis is there");
+        counted += counts.iter().filter(|(_, count)| *count == 1).count();
+    }
+    counted == channels
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -150,6 +236,7 @@ async fn fifty_thousand_channels_over_ten_instances_cost_redis_three_connections
         clients.extend(join_all(firsts.map(|first| client(gateway, first))).await);
     }
     assert_eq!(channels(&redis).await, CHANNELS);
+    assert!(has_one_subscriber_each(&redis, CHANNELS).await);
     let ours = text(&redis, &["CLIENT", "LIST"]).await.matches("name=hubcast-").count();
     assert_eq!(ours, 3 * INSTANCES, "connections of all instances");
     // One command a client's hundred names; a busy machine may cut these into a few pieces.
