@@ -27,7 +27,7 @@ fn message(criterion: &mut Criterion) {
         kind: PushKind::Message,
         data: vec![Value::BulkString(redis_channel.clone()), Value::BulkString(payload.clone())],
     };
-    let inbox = Inbox::new();
+    let inbox = Inbox::new(&[]);
     let mut group = criterion.benchmark_group("redis");
     group.throughput(Throughput::Elements(MESSAGES as u64));
     for subscribers in [1, 100, 1_000] {

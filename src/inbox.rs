@@ -1,8 +1,10 @@
 //! The bounded queue between the Redis driver, which must not wait, and the multiplexer.
 //!
 //! Policy when full: a message is dropped, counted, and its channel remembered, so that its
-//! subscribers are told a gap exactly where it was. A confirmation cannot be dropped without
-//! losing track, so there the link is given up instead.
+//! subscribers are told a gap exactly where it was. What the link itself lives by, confirmations and
+//! control messages (own probes above all), has room beyond that: too many messages are no reason to
+//! give up a link that works. A confirmation that does not fit even there cannot be dropped without
+//! losing track, so then it is given up.
 
 use std::collections::HashSet;
 use std::sync::OnceLock;
@@ -16,8 +18,15 @@ use tokio::sync::Notify;
 /// Messages that can wait: half a second of the most that one Redis link brings.
 const ENTRIES_MAX: usize = 1 << 16;
 
+/// What can wait beside them: the confirmations of all commands that may be outstanding (64 of 512 names), and some
+/// control messages.
+const RESERVE_MAX: usize = 64 * 512 + 4096;
+
 /// Payload bytes that can wait.
 const BYTES_MAX: usize = 64 << 20;
+
+/// One message in [`Inbox::waiting`]; what is below counts bytes.
+const MESSAGE: usize = 1 << 40;
 
 /// Something that Redis pushed.
 #[derive(Debug)]
@@ -42,7 +51,10 @@ pub enum Arrival {
 pub struct Inbox {
     sender: Sender<Arrival>,
     receiver: Receiver<Arrival>,
-    bytes: AtomicUsize,
+    /// Messages and their bytes that wait, in one number: a message costs one addition.
+    waiting: AtomicUsize,
+    /// The channels whose messages may use the reserve.
+    control: Box<[String]>,
     dropped: Mutex<HashSet<Vec<u8>>>,
     has_dropped: AtomicBool,
     dropped_count: AtomicU64,
@@ -51,13 +63,14 @@ pub struct Inbox {
 }
 
 impl Inbox {
-    /// An empty queue.
-    pub fn new() -> Self {
-        let (sender, receiver) = bounded(ENTRIES_MAX);
+    /// An empty queue. Messages on the channels `control` may use the reserve.
+    pub fn new(control: &[String]) -> Self {
+        let (sender, receiver) = bounded(ENTRIES_MAX + RESERVE_MAX);
         Self {
             sender,
             receiver,
-            bytes: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
+            control: control.into(),
             dropped: Mutex::default(),
             has_dropped: AtomicBool::new(false),
             dropped_count: AtomicU64::new(0),
@@ -95,20 +108,26 @@ impl Inbox {
 
     fn enqueue(&self, mut arrival: Arrival) {
         if let Arrival::Message { channel, payload, after_gap } = &mut arrival {
-            if self.bytes.load(Ordering::Relaxed) + payload.len() > BYTES_MAX {
+            let waiting = self.waiting.load(Ordering::Relaxed) + payload.len();
+            let is_full = waiting >= ENTRIES_MAX * MESSAGE || waiting % MESSAGE > BYTES_MAX;
+            if is_full && !self.is_control(channel) {
                 return self.drop_message(std::mem::take(channel));
             }
-            self.bytes.fetch_add(payload.len(), Ordering::Relaxed);
+            self.waiting.fetch_add(MESSAGE + payload.len(), Ordering::Relaxed);
             *after_gap = self.has_dropped.load(Ordering::Relaxed) && self.dropped.lock().remove(channel);
         }
         match self.sender.try_send(arrival) {
             Ok(()) => {}
             Err(TrySendError::Full(Arrival::Message { channel, payload, .. })) => {
-                self.bytes.fetch_sub(payload.len(), Ordering::Relaxed);
+                self.waiting.fetch_sub(MESSAGE + payload.len(), Ordering::Relaxed);
                 self.drop_message(channel);
             }
             Err(_) => self.lose("no room for a confirmation"),
         }
+    }
+
+    fn is_control(&self, channel: &[u8]) -> bool {
+        self.control.iter().any(|control| control.as_bytes() == channel)
     }
 
     fn drop_message(&self, channel: Vec<u8>) {
@@ -145,7 +164,7 @@ impl Inbox {
     pub fn pop(&self) -> Option<Arrival> {
         let arrival = self.receiver.try_recv().ok()?;
         if let Arrival::Message { payload, .. } = &arrival {
-            self.bytes.fetch_sub(payload.len(), Ordering::Relaxed);
+            self.waiting.fetch_sub(MESSAGE + payload.len(), Ordering::Relaxed);
         }
         Some(arrival)
     }
@@ -162,11 +181,5 @@ impl Inbox {
     /// How many messages were dropped since the last call.
     pub fn take_dropped_count(&self) -> usize {
         self.dropped_count.swap(0, Ordering::Relaxed) as usize
-    }
-}
-
-impl Default for Inbox {
-    fn default() -> Self {
-        Self::new()
     }
 }

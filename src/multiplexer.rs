@@ -68,7 +68,9 @@ pub async fn run(mut endpoint: Endpoint, settings: Settings, broker: Arc<Broker>
     let mut backoff = Backoff::default();
     let mut was_up = false;
     loop {
-        let inbox = Arc::new(Inbox::new());
+        // Most places of a cluster have no server: an inbox takes megabytes.
+        context.forgetting(endpoint.server()).await;
+        let inbox = Arc::new(Inbox::new(&context.control));
         match context.forgetting(connect(&mut endpoint, &inbox, &context.control)).await {
             Ok(connection) => {
                 info!(server, "listening to redis");

@@ -40,6 +40,7 @@ mod faults;
 mod history;
 mod history_model;
 mod hub_model;
+mod inbox;
 mod leases;
 mod limits;
 mod machine;
