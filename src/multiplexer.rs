@@ -47,6 +47,9 @@ const STABLE_TIME: Duration = Duration::from_secs(5);
 /// A cluster that did not take a SSUBSCRIBE is asked again after this (µs): a slot is moving, or its node failed.
 const MOVED_RETRY_US: u64 = 100_000;
 
+/// When every instance has followed to a new primary: sentinels tell each other within 2 s, and are asked each second.
+const FOLLOW_TIME: Duration = Duration::from_secs(5);
+
 type HubChannel = Arc<Channel<Arc<Connection>>>;
 
 /// What a multiplexer needs to know.
@@ -80,6 +83,7 @@ pub async fn run(mut endpoint: Endpoint, settings: Settings, broker: Arc<Broker>
                 broker.note_link(server, Link::Subscribe, true);
                 let since = Instant::now();
                 let mut turn = Turn::new(connection, inbox, &context, was_up);
+                turn.followed = endpoint.has_moved().then(|| since + FOLLOW_TIME);
                 let why = turn.serve(&mut endpoint).await;
                 warn!(server, why, "lost the listening connection to redis");
                 broker.note_link(server, Link::Subscribe, false);
@@ -169,6 +173,8 @@ struct Turn<'a> {
     /// Channels to look at again, and when (µs), earliest first: they linger, or were refused.
     later: VecDeque<(u64, HubChannel)>,
     probe: Probe,
+    /// When the other instances have followed to this server, too.
+    followed: Option<Instant>,
 }
 
 /// An answered command.
@@ -183,7 +189,8 @@ impl<'a> Turn<'a> {
         let (broker, server) = (&context.broker, context.settings.server);
         let probe = Probe::new(server, context.settings.probe_interval);
         let (commands, waiting, later) = (JoinSet::new(), VecDeque::new(), VecDeque::new());
-        Self { connection, inbox, context, broker, server, is_reconnect, commands, waiting, later, probe }
+        let followed = None;
+        Self { connection, inbox, context, broker, server, is_reconnect, commands, waiting, later, probe, followed }
     }
 
     /// Serves until the link is lost; returns why.
@@ -198,6 +205,7 @@ impl<'a> Turn<'a> {
                 return why;
             }
             self.reconcile();
+            self.miss_stragglers().await;
             match self.probe.due() {
                 Probing::Send(payload) => self.send_control(&payload),
                 Probing::Rest => {}
@@ -278,6 +286,23 @@ impl<'a> Turn<'a> {
         for name in self.inbox.take_dropped() {
             if let Some(channel) = self.channel(&name) {
                 channel.miss(&mut fanout);
+            }
+        }
+        self.broker.settle(&mut fanout).await;
+    }
+
+    /// What others published at the old primary, before they followed, is missing here.
+    async fn miss_stragglers(&mut self) {
+        if self.followed.take_if(|at| *at <= Instant::now()).is_none() {
+            return;
+        }
+        let mut fanout = Fanout::default();
+        for channel in self.broker.hub.channels() {
+            if channel.upstream_server() == Some(self.server) {
+                channel.miss(&mut fanout);
+            }
+            if fanout.needs_pause() {
+                self.broker.settle(&mut fanout).await;
             }
         }
         self.broker.settle(&mut fanout).await;
@@ -445,7 +470,7 @@ impl<'a> Turn<'a> {
             .later
             .front()
             .map(|(at_us, _)| Instant::now() + Duration::from_micros(at_us.saturating_sub(clock::now_us())));
-        later.map_or(self.probe.next(), |later| later.min(self.probe.next()))
+        [later, self.followed].into_iter().flatten().fold(self.probe.next(), Instant::min)
     }
 
     /// Delivers what had arrived before the loss, then marks every channel so that the next turn wants it back.

@@ -95,6 +95,12 @@ impl Sentinels {
         urls.join(",")
     }
 
+    /// `CLIENT LIST` of all sentinels.
+    pub async fn clients(&self) -> String {
+        let lists = self.sentinels.iter().map(|sentinel| sentinel.query::<String>(&["CLIENT", "LIST"]));
+        join_all(lists).await.into_iter().flatten().collect()
+    }
+
     /// The primary, as most sentinels say.
     pub async fn primary_addr(&self) -> SocketAddr {
         eventually("the sentinels to name a primary", async || self.agreed(QUORUM).await).await
