@@ -19,7 +19,7 @@ use tracing::warn;
 use crate::admin::{self, Ask};
 use crate::broker::Broker;
 
-/// How long others may take to answer.
+/// How long a question may take in all: Redis, and the others.
 const DEADLINE: Duration = Duration::from_secs(2);
 
 /// Version of the envelopes.
@@ -107,9 +107,10 @@ impl Cluster {
 
     /// Asks the other instances, or only one of them, and waits for their answers.
     pub async fn ask(&self, broker: &Broker, ask: Ask, only: Option<&str>) -> Answers {
+        let deadline = Instant::now() + DEADLINE;
         let mut result = Answers::default();
         let Some(registry) = &broker.shared.registry else { return result };
-        let Ok(instances) = registry.instances().await else {
+        let Ok(Ok(instances)) = timeout_at(deadline, registry.instances()).await else {
             result.unreachable.insert("redis".to_owned());
             return result;
         };
@@ -124,8 +125,7 @@ impl Cluster {
         let _waiting = Waiting { cluster: self, id };
         let [all, one] = Self::control_channels(&self.channel_prefix, only.unwrap_or_default());
         let channel = if only.is_some() { one } else { all };
-        if self.send(broker, &channel, id, Content::Ask(ask)).await {
-            let deadline = Instant::now() + DEADLINE;
+        if let Ok(true) = timeout_at(deadline, self.send(broker, &channel, id, Content::Ask(ask))).await {
             while !missing.is_empty()
                 && let Ok(Some((from, answer))) = timeout_at(deadline, answers.recv()).await
             {

@@ -1,11 +1,14 @@
 //! Looking at connections and acting on them wherever they live, from whichever instance is asked.
 
+use std::time::{Duration, Instant};
+
 use futures_util::future::join_all;
 use hubcast::gateway::Gateway;
 use serde_json::{Value, json};
 
 use crate::binary::Binary;
 use crate::harness::{Client, Redis, await_metric, eventually, gateway, http, ready};
+use crate::proxy::Proxy;
 
 async fn three(redis: &Redis) -> [Gateway; 3] {
     let gateways = [(); 3].map(|()| gateway(&[("HUBCAST_REDIS_URL", &redis.url())]));
@@ -169,4 +172,26 @@ async fn an_instance_that_does_not_answer_is_named() {
     let answer = post(&gateway, "/api/disconnect", &body).await;
     assert_eq!(answer, (200, json!({"disconnected": 1, "unreachable": [frozen_id]})));
     frozen.process.signal(rustix::process::Signal::CONT);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_takes_two_seconds_at_most_even_where_redis_takes_longer() {
+    let redis = Redis::start().await;
+    let proxy = Proxy::start(redis.addr()).await;
+    let url = format!("redis://{}/", proxy.addr());
+    let gateways = [gateway(&[("HUBCAST_REDIS_URL", &url)]), gateway(&[("HUBCAST_REDIS_URL", &redis.url())])];
+    for gateway in &gateways {
+        eventually("both to know each other", async || {
+            let answer = http(gateway, "GET /api/instances", "", b"").await;
+            (answer.status == 200 && answer.json()["instances"].as_array()?.len() == 2).then_some(())
+        })
+        .await;
+    }
+    // There and back, each of the two questions to the registry takes 1.6 s, which its link allows.
+    proxy.delay(Duration::from_millis(800));
+    let began = Instant::now();
+    let answer = http(&gateways[0], "GET /api/connections", "", b"").await;
+    let took = began.elapsed();
+    assert_eq!((answer.status, &answer.json()["unreachable"]), (200, &json!(["redis"])), "{answer:?}");
+    assert!(took < Duration::from_secs(3), "{took:?}");
 }
