@@ -219,11 +219,11 @@ impl Broker {
 }
 
 /// Whether a message begins like what only Hubcast says, whatever its version: 0xFF, which no text has, and `hubcast/`
-/// (`presence_store::MAGIC`) or a control character (`history_redis::MAGIC`).
+/// (`presence_store::MAGIC`) or a control character but for 0 (`history_redis::MAGIC`; versions begin at 1).
 fn is_reserved(message: &[u8]) -> bool {
-    message
-        .strip_prefix(b"\xFF")
-        .is_some_and(|rest| rest.starts_with(b"hubcast/") || rest.first().is_some_and(|version| *version < b' '))
+    message.strip_prefix(b"\xFF").is_some_and(|rest| {
+        rest.starts_with(b"hubcast/") || rest.first().is_some_and(|version| (1..b' ').contains(version))
+    })
 }
 
 /// A publish whose outcome may still be on its way from Redis.

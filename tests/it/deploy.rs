@@ -217,8 +217,10 @@ async fn foreign_frames_reach_no_client(redis: &Redis, gateway: &Gateway, client
         say("hub:c", frame).await;
     }
     // Binary data may begin with the same byte.
-    say("hub:c", b"\xFF\xFEx").await;
-    client.expect(&json!({"type": "event", "channel": "c", "data_base64": "//54"})).await;
+    for (data, base64) in [(b"\xFF\xFEx", "//54"), (b"\xFF\x00x", "/wB4")] {
+        say("hub:c", data).await;
+        client.expect(&json!({"type": "event", "channel": "c", "data_base64": base64})).await;
+    }
     await_metric(gateway, r#"hubcast_dropped_total{reason="redis_unreadable"}"#, 4.0).await;
     // A newer build's entry has one field more, and its message another version.
     let top: String = redis.query(&["GET", "ws:history_top:h"]).await.unwrap();
