@@ -20,16 +20,17 @@ const SLOW_CONSUMER = 4101;
 /**
  * Whether a client comes back after this code, as long as `shouldReconnect` says nothing else.
  *
- * What somebody decided is final: 1000, 1008, and 3000 to 4999 (3000 unauthorized, 3003 forbidden, and what the
- * backend chose for `POST /api/disconnect`). The exceptions are 3008 (nothing arrived in time) and 4101 (slow
- * consumer). Whatever else happened will pass.
+ * What somebody decided is final: 1000, and 3000 to 4999 (3000 unauthorized, 3003 forbidden, and what the backend
+ * chose for `POST /api/disconnect`). The exceptions are 3008 (nothing arrived in time) and 4101 (slow consumer).
+ * Whatever else happened will pass, also 1008 (it did too much of something), whoever it comes from: a backend that
+ * wants to keep a client out says so by another code.
  */
 export function comesBack(code: number): boolean {
   if (code === TIMEOUT || code === SLOW_CONSUMER) return true;
-  return code !== NORMAL && code !== POLICY && !(code >= 3000 && code <= 4999);
+  return code !== NORMAL && !(code >= 3000 && code <= 4999);
 }
 
 /** These say that there is too much to do: the delay goes on growing, however long the connection lasted. */
 export function asksForRest(code: number): boolean {
-  return code === OVERLOAD || code === SLOW_CONSUMER;
+  return code === POLICY || code === OVERLOAD || code === SLOW_CONSUMER;
 }
