@@ -18,6 +18,7 @@ import { HubcastError } from "./errors.js";
 import { Held } from "./held.js";
 import { type Options, type Settings, settings, type Urls } from "./options.js";
 import { type Command, encode, type ServerFrame, type WelcomeFrame } from "./protocol.js";
+import { Refresh } from "./refresh.js";
 import { Return } from "./return.js";
 import type { ClientEvents, Status } from "./status.js";
 import { type SubscribeOptions, Subscription, type SubscriptionOwner } from "./subscription.js";
@@ -26,6 +27,7 @@ import { onWake } from "./wake.js";
 export class Client extends Emitter<ClientEvents> {
   readonly #settings: Settings;
   readonly #return: Return;
+  readonly #refresh: Refresh;
   readonly #held: Held;
   readonly #subscriptions = new Map<string, Subscription<never>>();
   readonly #owner: SubscriptionOwner;
@@ -49,6 +51,7 @@ export class Client extends Emitter<ClientEvents> {
     this.#settings = settings(options);
     const { clock } = this.#settings;
     this.#return = new Return(this.#settings);
+    this.#refresh = new Refresh(this.#settings, (error) => this.#report(error));
     this.#held = new Held(this.#settings);
     this.#opening = new Timer(clock, () => this.#lost("not open in time"));
     this.#retry = new Timer(clock, () => this.#connect());
@@ -168,12 +171,16 @@ export class Client extends Emitter<ClientEvents> {
     this.#retry.stop();
     this.#opening.set(this.#settings.connectTimeoutMs);
     const turn = this.#turn;
-    this.#become({ state: "connecting", attempt: this.#return.attempt() });
-    if (turn === this.#turn) void this.#dial(turn);
+    const attempt = this.#return.attempt();
+    this.#become({ state: "connecting", attempt });
+    if (turn === this.#turn) void this.#dial(turn, attempt);
   }
 
-  async #dial(turn: number): Promise<void> {
+  async #dial(turn: number, attempt: number): Promise<void> {
     const { getToken, tokenIn, user } = this.#settings;
+    // A handshake with a bad token looks like any other that fails, so the next attempt asks by the command, which is
+    // answered.
+    const isInQuery = tokenIn === "query" && attempt % 2 === 1;
     try {
       const url = await address(this.urls, this.#attempts++);
       const token = await getToken?.({ isRefused: this.#return.isRefused });
@@ -183,9 +190,9 @@ export class Client extends Emitter<ClientEvents> {
         return;
       }
       if (user !== undefined) url.searchParams.set("user", user);
-      if (token !== undefined && tokenIn === "query") url.searchParams.set("token", token);
+      if (token !== undefined && isInQuery) url.searchParams.set("token", token);
       this.#connection = new Connection(url, this.#settings, {
-        welcomed: (frame) => this.#welcomed(frame, tokenIn === "command" ? token : undefined),
+        welcomed: (frame) => this.#welcomed(frame, isInQuery ? undefined : token),
         received: (frame) => this.#received(frame),
         puzzled: (error) => this.#report(error),
         ended: (close) => this.#ended(close),
@@ -199,7 +206,7 @@ export class Client extends Emitter<ClientEvents> {
 
   #welcomed(welcome: WelcomeFrame, token: string | undefined): void {
     if (token === undefined) {
-      this.#opened(welcome);
+      this.#opened(welcome, welcome.expires_in_ms);
       return;
     }
     const auth = encode({ type: "auth", token });
@@ -208,16 +215,17 @@ export class Client extends Emitter<ClientEvents> {
 
   #authenticated(answer: ServerFrame | HubcastError, welcome: WelcomeFrame): void {
     if (!(answer instanceof HubcastError)) {
-      this.#opened(welcome);
-    } else if (answer.code !== "disconnected" && answer.code !== "closed") {
+      this.#opened(welcome, answer.type === "authenticated" ? answer.expires_in_ms : undefined);
+    } else if (!answer.isEnd) {
       const isRefused = answer.code === "unauthorized" || answer.code === "forbidden";
       this.#drop({ code: isRefused ? UNAUTHORIZED : LOST, reason: answer.message });
     }
   }
 
-  #opened({ connection_id, instance_id, limits }: WelcomeFrame): void {
+  #opened({ connection_id, instance_id, limits }: WelcomeFrame, expiresInMs: number | undefined): void {
     this.#opening.stop();
     this.#return.opened();
+    if (this.#connection) this.#refresh.start(this.#connection, expiresInMs);
     this.#become({
       state: "open",
       connectionId: connection_id,
@@ -256,6 +264,7 @@ export class Client extends Emitter<ClientEvents> {
   #ended(close: Close, retryInMs = this.#return.delay(close)): void {
     this.#turn += 1;
     this.#connection = undefined;
+    this.#refresh.stop();
     for (const timer of [this.#opening, this.#overdue, this.#retry]) timer.stop();
     for (const subscription of this.#subscriptions.values()) subscription.detach();
     if (retryInMs === null) this.#held.refuse();

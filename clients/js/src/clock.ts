@@ -12,7 +12,10 @@ export const SYSTEM_CLOCK: Clock = {
   clearTimeout: (timer) => clearTimeout(timer as ReturnType<typeof setTimeout>),
 };
 
-/** One timer that is set again, or stopped. */
+/** What is set for longer, platforms let fire at once. */
+const TIMER_MS_MAX = 2 ** 31 - 1;
+
+/** One timer that is set again, or stopped. However long it is: in pieces. */
 export class Timer {
   #handle: unknown;
 
@@ -23,10 +26,13 @@ export class Timer {
 
   set(ms: number): void {
     this.stop();
-    this.#handle = this.clock.setTimeout(() => {
+    const leftMs = ms - TIMER_MS_MAX;
+    const piece = () => {
       this.#handle = undefined;
-      this.callback();
-    }, ms);
+      if (leftMs > 0) this.set(leftMs);
+      else this.callback();
+    };
+    this.#handle = this.clock.setTimeout(piece, Math.min(ms, TIMER_MS_MAX));
   }
 
   stop(): void {

@@ -28,6 +28,11 @@ export class HubcastError extends Error {
     super(message, options);
   }
 
+  /** @internal It is only that the connection ended, and that is told otherwise. */
+  get isEnd(): boolean {
+    return this.code === "disconnected" || this.code === "closed";
+  }
+
   /** @internal */
   static of(frame: ErrorFrame): HubcastError {
     // `unavailable` also stands for a Redis that did not answer in time.

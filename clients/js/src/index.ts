@@ -14,7 +14,14 @@ export type { Clock } from "./clock.js";
 export type { Close } from "./close.js";
 export { comesBack } from "./close.js";
 export { HubcastError, type Outcome } from "./errors.js";
-export type { Options, TokenRequest, Urls, WebSocketConstructor, WebSocketLike } from "./options.js";
+export type {
+  GetToken,
+  Options,
+  TokenRequest,
+  Urls,
+  WebSocketConstructor,
+  WebSocketLike,
+} from "./options.js";
 export type { Publication } from "./publication.js";
 export type { ClientEvents, Limits, Status } from "./status.js";
 export type { Subscribed, SubscribeOptions, Subscription, SubscriptionEvents } from "./subscription.js";

@@ -8,16 +8,25 @@ import type { Close } from "./close.js";
 export type Urls = string | readonly string[] | ((attempt: number) => string | Promise<string>);
 
 export interface TokenRequest {
-  /** The gateway refused the last token, or it has expired (3000): a new one is needed. */
+  /** The gateway refused the last token, or it has expired or was revoked: one from a cache will not do. */
   isRefused: boolean;
 }
 
+/** Gives a token; `null`: there is none. */
+export type GetToken = (request: TokenRequest) => string | null | Promise<string | null>;
+
 export interface Options {
-  /** Whose connection it is, for presence (`?user=`). */
+  /** Whose connection it is (`?user=`). Not for a gateway that wants tokens: they say it, and it answers this with 400. */
   user?: string;
-  /** Gives the token, at every connect and again after 3000. `null` gives up: closed with 3000. */
-  getToken?: (request: TokenRequest) => string | null | Promise<string | null>;
-  /** Where the token goes: `?token=` in the URL (default), or the `auth` command right after the welcome. */
+  /**
+   * Gives the connection's token: at every connect, before the last one ends, and again after 3000. `null` at a
+   * connect gives up: closed with 3000.
+   */
+  getToken?: GetToken;
+  /**
+   * Where the token goes: `?token=` in the URL (default), or the `auth` command right after the welcome. Of attempts
+   * that fail every second one takes the command anyhow: pages are not told that a handshake had a bad token.
+   */
   tokenIn?: "query" | "command";
   /** Default: the WebSocket of the platform (browsers, Node 22 and up); else pass that of npm `ws`. */
   WebSocket?: WebSocketConstructor;

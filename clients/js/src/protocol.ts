@@ -30,6 +30,16 @@ export interface WelcomeFrame {
   instance_id: string;
   ping_interval_ms: number;
   limits: { message_bytes: number; publish_bytes: number; subscriptions: number };
+  /** Where tokens are needed: whether the handshake showed one, whose it is, and how long it is good for. */
+  authenticated?: boolean;
+  user?: string;
+  expires_in_ms?: number;
+}
+
+export interface AuthenticatedFrame {
+  type: "authenticated";
+  user?: string;
+  expires_in_ms?: number;
 }
 
 export interface SubscribedFrame {
@@ -82,6 +92,7 @@ export interface HistoryFrame {
 /** What the server sends. Types that a later server adds are passed over. */
 export type ServerFrame = { id?: string | number } & (
   | WelcomeFrame
+  | AuthenticatedFrame
   | EventFrame
   | SubscribedFrame
   | GapFrame

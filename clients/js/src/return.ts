@@ -23,7 +23,7 @@ export class Return {
     this.#backoff = new Backoff(settings.backoff, settings.random);
   }
 
-  /** The last token was refused. */
+  /** The last token that the gateway judged was refused. */
   get isRefused(): boolean {
     return this.#isRefused;
   }
@@ -65,12 +65,14 @@ export class Return {
     this.#openSince = undefined;
     this.#drain = undefined;
     const byDefault = comesBack(close.code) || this.#mayAskForToken(close.code);
-    this.#isRefused = close.code === UNAUTHORIZED;
+    if (close.code === UNAUTHORIZED) this.#isRefused = true;
     if (!guarded(() => shouldReconnect?.(close, byDefault) ?? byDefault, byDefault)) return null;
     if (drain) return this.#drainDelay(drain);
     const needsRest = asksForRest(close.code);
     if (openMs >= GOOD_CONNECTION_MS && !needsRest) this.#backoff.reset();
-    return this.#backoff.next(needsRest ? this.settings.backoff.baseMs : 0);
+    // Of the second in which a user is revoked, new tokens are refused as well.
+    const waitsFirst = needsRest || close.code === UNAUTHORIZED;
+    return this.#backoff.next(waitsFirst ? this.settings.backoff.baseMs : 0);
   }
 
   /** A new token may help, unless the one that was refused is new. */

@@ -6,16 +6,19 @@ import { Timer } from "./clock.js";
 import type { Connection } from "./connection.js";
 import { Cursors } from "./cursors.js";
 import { Emitter } from "./emitter.js";
-import type { HubcastError } from "./errors.js";
-import type { Settings } from "./options.js";
+import { HubcastError } from "./errors.js";
+import type { GetToken, Settings } from "./options.js";
 import { type Command, type EventFrame, encode, type ServerFrame, type SubscribedFrame } from "./protocol.js";
 import { Publication } from "./publication.js";
 
 export interface SubscribeOptions {
   /** Resume behind this cursor, of a page that was left for example. */
   after?: string;
-  /** For channels that need one (a later gateway). */
-  token?: string;
+  /**
+   * A token for this channel alone, for what the connection's does not grant. A function is asked at every subscribe,
+   * and once anew if its token was refused or has expired; `null` ends the subscription.
+   */
+  token?: string | GetToken;
 }
 
 export interface Subscribed {
@@ -53,13 +56,16 @@ export interface SubscriptionOwner {
   readonly leaving: Set<string>;
 }
 
-/** These pass: the same command may succeed later. */
-const PASSING = ["unavailable", "rate_limited"];
+/** These pass: the same command may succeed later. `failed` is a function that threw instead of giving a token. */
+const PASSING = ["unavailable", "rate_limited", "failed"];
+
+/** A new token may be good. */
+const REFUSING = ["unauthorized", "forbidden"];
 
 export class Subscription<Data = unknown> extends Emitter<SubscriptionEvents<Data>> {
   readonly channel: string;
   readonly #owner: SubscriptionOwner;
-  readonly #token: string | undefined;
+  readonly #token: string | GetToken | undefined;
   readonly #cursors = new Cursors();
   readonly #backoff: Backoff;
   readonly #retry: Timer;
@@ -68,6 +74,10 @@ export class Subscription<Data = unknown> extends Emitter<SubscriptionEvents<Dat
   #isResume: boolean;
   /** The id of the `subscribe` that is not answered yet. */
   #request: number | undefined;
+  /** The last token was refused, or has expired. */
+  #isRefused = false;
+  /** Grows with every wish for a token and every end: a token that comes later is of no use. */
+  #turn = 0;
 
   /** @internal */
   constructor(channel: string, options: SubscribeOptions, owner: SubscriptionOwner) {
@@ -114,9 +124,30 @@ export class Subscription<Data = unknown> extends Emitter<SubscriptionEvents<Dat
   attach(): void {
     const connection = this.#owner.connection();
     if (connection === undefined || this.#state !== "subscribing" || this.#request !== undefined) return;
+    if (typeof this.#token === "function") void this.#ask(this.#token, connection);
+    else this.#send(connection, this.#token);
+  }
+
+  /** What is asked for and given in one go still leaves in one frame. */
+  async #ask(getToken: GetToken, connection: Connection): Promise<void> {
+    this.#turn += 1;
+    const turn = this.#turn;
+    // Within `subscribe()` nobody could listen yet to what comes of it.
+    await Promise.resolve();
+    try {
+      const token = await getToken({ isRefused: this.#isRefused });
+      if (turn !== this.#turn) return;
+      if (token === null) this.#end("unauthorized");
+      else this.#send(connection, token);
+    } catch (error) {
+      if (turn === this.#turn) this.#refused(HubcastError.failed(`no token for ${this.channel}`, error));
+    }
+  }
+
+  #send(connection: Connection, token: string | undefined): void {
     const command: Command = { type: "subscribe", channel: this.channel };
     if (this.#cursor !== undefined) command.after = this.#cursor;
-    if (this.#token !== undefined) command.token = this.#token;
+    if (token !== undefined) command.token = token;
     // No timeout: while the gateway has no Redis it stays pending, and is live as soon as it can be.
     this.#request = connection.queue(encode(command), (answer) => {
       this.#request = undefined;
@@ -127,6 +158,7 @@ export class Subscription<Data = unknown> extends Emitter<SubscriptionEvents<Dat
 
   /** @internal The connection is gone. */
   detach(): void {
+    this.#turn += 1;
     this.#request = undefined;
     this.#retry.stop();
     if (this.#state === "subscribed") this.#state = "subscribing";
@@ -136,7 +168,9 @@ export class Subscription<Data = unknown> extends Emitter<SubscriptionEvents<Dat
   received(frame: ServerFrame): void {
     if (frame.type === "unsubscribed") {
       // One that crossed our own `unsubscribe` is about the time before it.
-      if (!this.#owner.leaving.has(this.channel)) this.#end(frame.reason ?? "backend");
+      if (this.#owner.leaving.has(this.channel)) return;
+      if (frame.reason === "token_expired" && this.#mayAskAnew()) this.#askAnew();
+      else this.#end(frame.reason ?? "backend");
     } else if (this.#state === "subscribed") {
       if (frame.type === "event") this.#published(frame);
       else if (frame.type === "gap") this.emit("gap", gap(frame));
@@ -148,6 +182,7 @@ export class Subscription<Data = unknown> extends Emitter<SubscriptionEvents<Dat
     const recovered = this.#isResume ? frame.recovered === true : undefined;
     this.#state = "subscribed";
     this.#isResume = true;
+    this.#isRefused = false;
     this.#backoff.reset();
     this.#resumeAt(frame.cursor);
     this.emit("subscribed", { recovered, cursor: this.#cursor });
@@ -168,8 +203,23 @@ export class Subscription<Data = unknown> extends Emitter<SubscriptionEvents<Dat
     this.#cursor = cursor;
   }
 
+  /** Another token may help, unless the one that was refused is new. */
+  #mayAskAnew(): boolean {
+    return typeof this.#token === "function" && !this.#isRefused;
+  }
+
+  #askAnew(): void {
+    this.#isRefused = true;
+    this.#state = "subscribing";
+    this.attach();
+  }
+
   #refused(error: HubcastError): void {
-    if (error.code === "disconnected" || error.code === "closed") return;
+    if (error.isEnd) return;
+    if (REFUSING.includes(error.code) && this.#mayAskAnew()) {
+      this.#askAnew();
+      return;
+    }
     const willPass = PASSING.includes(error.code);
     if (willPass) this.#retry.set(this.#backoff.next(error.retryAfterMs));
     else this.#stop();
@@ -183,6 +233,8 @@ export class Subscription<Data = unknown> extends Emitter<SubscriptionEvents<Dat
   }
 
   #stop(): void {
+    this.#turn += 1;
+    this.#isRefused = false;
     if (this.#request !== undefined) this.#owner.connection()?.forget(this.#request);
     this.#request = undefined;
     this.#retry.stop();

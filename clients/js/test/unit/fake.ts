@@ -14,7 +14,9 @@ export class FakeClock implements Clock {
 
   setTimeout(callback: () => void, ms: number): number {
     this.#lastId += 1;
-    this.#timers.set(this.#lastId, { at: this.#now + ms, callback });
+    // As platforms do.
+    const kept = ms > 2 ** 31 - 1 ? 1 : ms;
+    this.#timers.set(this.#lastId, { at: this.#now + kept, callback });
     return this.#lastId;
   }
 
@@ -87,13 +89,14 @@ export class FakeSocket {
     this.onmessage?.({ data });
   }
 
-  welcome(limits: object = {}): void {
+  welcome(limits: object = {}, members: object = {}): void {
     this.say({
       type: "welcome",
       connection_id: "c1",
       instance_id: "i1",
       ping_interval_ms: 54_000,
       limits: { message_bytes: 65_536, publish_bytes: 1_048_576, subscriptions: 128, ...limits },
+      ...members,
     });
   }
 
