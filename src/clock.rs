@@ -13,7 +13,7 @@ pub fn now_us() -> u64 {
     START.elapsed().as_micros() as u64 + 1
 }
 
-/// The wall clock at a moment of this one, in milliseconds since 1970.
+/// The wall clock at a moment of this one that is over, in milliseconds since 1970.
 pub fn unix_ms(at_us: u64) -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     (now.as_micros() as u64).saturating_sub(now_us().saturating_sub(at_us)) / 1000

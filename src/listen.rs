@@ -368,8 +368,8 @@ impl Public {
             // It has no other way to show one.
             (None, Mode::Raw(_)) => Err(Fault::Missing),
             (None, _) => {
-                let until_us = clock::now_us() + micros(self.handshake_timeout);
-                return Ok(Caller::Stranger(clock::unix_ms(until_us)));
+                let now_ms = clock::unix_ms(clock::now_us());
+                return Ok(Caller::Stranger(now_ms + self.handshake_timeout.as_millis() as u64));
             }
         };
         Authenticator::count(self.metrics(), &outcome);

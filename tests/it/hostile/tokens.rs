@@ -195,6 +195,7 @@ async fn a_token_expires_while_connected() {
 #[tokio::test(flavor = "multi_thread")]
 async fn strangers_do_not_stay() {
     let mut target = start(&[("HUBCAST_HANDSHAKE_TIMEOUT", "1s"), ("HUBCAST_HANDSHAKES_PENDING_MAX", "5")]).await;
+    let started = Instant::now();
     let mut strangers = Vec::new();
     for _ in 0..5 {
         strangers.push(Client::connect(&target).await);
@@ -213,11 +214,10 @@ async fn strangers_do_not_stay() {
         assert_eq!(strangers[0].json().await["code"], "unauthorized", "{command}");
     }
     observe::threat(45, "each command before authentication: unauthorized");
-    let started = Instant::now();
     for stranger in &mut strangers {
         assert_eq!(stranger.close_frame().await, (3008, "no authentication in time".to_owned()));
     }
-    assert!(started.elapsed() < Duration::from_secs(5));
+    assert!((900..5_000).contains(&started.elapsed().as_millis()), "{:?}", started.elapsed());
     observe::threat(22, "3008 at the handshake timeout; until then a place of a handshake, and no command");
     drop(strangers);
     target.await_growth(&closed("auth_timeout"), 0.0, 5.0).await;
