@@ -5,7 +5,8 @@
 //! - `history:{channel}`: a stream, each entry with its predecessor (`p`) and either the payload (`e`) or, for a break
 //!   marker, the shared id (`m`, `-` without one); it expires after its newest entry;
 //! - `history_top:{channel}`: the position;
-//! - `history_answer:{channel}:{idempotency key}`: the id that a publish was answered with.
+//! - `history_answer:{channel} {idempotency key}`: the id that a publish was answered with. No channel's name has a space,
+//!   so no two of them share such a key.
 //!
 //! A script checks its arguments and the keys' types first and publishes last: scripts do not roll back. Random bits come
 //! from the caller, so that what Redis forgets in a rewind does not come again.
@@ -27,23 +28,25 @@ pub const MAGIC: &[u8] = b"\xFF\x01";
 
 /// What `publish` and `mark` begin with: the arguments that they share, the position, and the id that may follow it.
 /// Written for speed: each call of a function, a pattern above all, costs as much as a third of a `GET`. So arithmetic
-/// checks that numbers are ones (Lua ends the script otherwise), and the milliseconds are looked for where they end until
+/// checks that numbers are ones (Lua ends the script otherwise, and NaN fails every comparison), and the milliseconds are looked for where they end until
 /// the year 2286.
 const PRELUDE: &str = r"
 local call, format, sub, args = redis.call, string.format, string.sub, ARGV
 local stream, top, answer = KEYS[1], KEYS[2], KEYS[3]
-local size, ttl, keep, random, publish = args[1], args[2] + 0, args[3] + 0, args[4], args[5]
-local step = random + 0
+local size, ttl, keep, random, publish = args[1], args[2] + 0, args[3] + 0, args[4] + 0, args[5]
+local remember = answer and args[8] + 0 or 1
 local is_known = publish == 'PUBLISH' or publish == 'SPUBLISH'
-if not (is_known and args[7] and size + 0 >= 0 and ttl >= 1 and (not answer or args[8] + 0 >= 1)) then
-    return redis.error_reply('ERR bad history arguments')
+if not (is_known and args[7] and size + 0 >= 0 and ttl >= 1 and ttl < 1e13 and keep >= 0 and keep < 1e13
+    and random >= 0 and random < 281474976710656 and random % 1 == 0
+    and remember >= 1 and remember < 1e13 and remember % 1 == 0) then
+    return redis.error_reply('BADARG bad history arguments')
 end
 local time, last = call('TIME'), call('GET', top)
 local now = time[1] * 1000 + time[2] / 1000
 now = now - now % 1
 if not last then
     call('DEL', stream)
-    last = now .. '-' .. random
+    last = format('%d-%d', now, random)
 end
 local was, sequence = sub(last, 1, 13), 15
 if sub(last, 14, 14) ~= '-' then
@@ -52,13 +55,13 @@ if sub(last, 14, 14) ~= '-' then
 end
 local before, id = was + 0, nil
 if now > before then
-    id = now .. '-' .. random
+    id = format('%d-%d', now, random)
 else
-    local next = sub(last, sequence) + 1 + (step - step % 65536) / 65536
+    local next = sub(last, sequence) + 1 + (random - random % 65536) / 65536
     if next < 9007199254740992 then
         id = was .. format('-%d', next)
     else
-        id = format('%d-%s', before + 1, random)
+        id = format('%d-%d', before + 1, random)
     end
 end
 ";
@@ -97,7 +100,7 @@ end
 
 const REMEMBER: &str = r"
 if answer then
-    call('SET', answer, id, 'PX', args[8])
+    call('SET', answer, id, 'PX', format('%d', remember))
 end
 ";
 
@@ -129,16 +132,16 @@ const MARKED: &str = "return {'written', id}\n";
 /// Arguments: entries at most, TTLs of entries and position, random bits, the position for which the stream is not needed.
 const READ_SCRIPT: &str = r"
 local stream, top = KEYS[1], KEYS[2]
-local ttl, keep, random = tonumber(ARGV[2]), ARGV[3], ARGV[4]
-if not (ttl and tonumber(keep) and tonumber(random)) then
-    return redis.error_reply('ERR bad history arguments')
+local ttl, keep, random = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+if not (ttl and keep and random) then
+    return redis.error_reply('BADARG bad history arguments')
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local last = redis.call('GET', top)
 if not last then
     redis.call('DEL', stream)
-    last = string.format('%d-%s', now, random)
+    last = string.format('%d-%d', now, random)
     redis.call('SET', top, last, 'PX', string.format('%d', keep + ttl))
 else
     redis.call('PEXPIRE', top, string.format('%d', keep + ttl))
@@ -158,7 +161,7 @@ static READ: LazyLock<Script> = LazyLock::new(|| Script::new(READ_SCRIPT));
 /// The script that publishes, for backends that call it themselves.
 ///
 /// Keys: `history:{channel}`, `history_top:{channel}`, and for a publish that may be repeated
-/// `history_answer:{channel}:{idempotency key}`. Arguments: entries at most, their TTL (ms), the position's TTL (ms),
+/// `history_answer:{channel} {idempotency key}`. Arguments: entries at most, their TTL (ms), the position's TTL (ms),
 /// 48 random bits, `PUBLISH` or `SPUBLISH`, the Redis channel, the payload, and with a third key its TTL (ms).
 pub fn publish_script() -> String {
     format!("{PRELUDE}{ANSWERED}{APPEND}{REMEMBER}{TELL}{PUBLISHED}")
@@ -194,7 +197,7 @@ impl Place {
         Self {
             stream: format!("{key_prefix}history:{tagged}"),
             top: format!("{key_prefix}history_top:{tagged}"),
-            answers: format!("{key_prefix}history_answer:{tagged}:"),
+            answers: format!("{key_prefix}history_answer:{tagged} "),
             redis_channel: topology.redis_channel(channel),
             publish: topology.publish_command(),
         }
@@ -269,6 +272,15 @@ impl Place {
             _ => Err(unreadable()),
         }
     }
+}
+
+/// Whether the script that publishes has certainly done nothing: Redis did not run it, or refuses what it begins with.
+/// Any other error may come from its middle.
+pub fn is_refused(error: &RedisError) -> bool {
+    let nothing_ran =
+        ["NOSCRIPT", "MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "LOADING", "BUSY", "MASTERDOWN", "BADARG"];
+    let nothing_is_written = ["READONLY", "OOM", "MISCONF", "NOREPLICAS"];
+    error.code().is_some_and(|code| nothing_ran.contains(&code) || nothing_is_written.contains(&code))
 }
 
 /// Reads the answer to a publish: the id, and whether an earlier publish with the same idempotency key was given it.

@@ -255,7 +255,8 @@ impl Turn<'_> {
             return false;
         }
         let outcome: RedisResult<Vec<RedisResult<Value>>> = pipeline.query_async(&mut self.connection).await;
-        let replies = batch.drain(..).map(|(job, _)| job.reply);
+        let is_script = |job: &Job| self.broker.hub.rules().history(&job.channel).is_some();
+        let replies: Vec<_> = batch.drain(..).map(|(job, _)| (is_script(&job), job.reply)).collect();
         match outcome {
             Ok(results) => {
                 let is_any = |is: fn(&RedisError) -> bool| results.iter().any(|result| result.as_ref().is_err_and(is));
@@ -263,12 +264,14 @@ impl Turn<'_> {
                     endpoint.doubt();
                 }
                 self.has_script &= !is_any(is_about_script);
-                answer(replies.zip(results.into_iter().map(outcome_of)), self.broker);
+                let outcomes = replies.into_iter().zip(results);
+                let outcomes = outcomes.map(|((is_script, reply), result)| (reply, outcome_of(result, is_script)));
+                answer(outcomes, self.broker);
                 true
             }
             Err(error) => {
                 warn!(%error, "redis did not answer a publish");
-                answer(replies.map(|reply| (reply, Err(Refusal::outcome_unknown()))), self.broker);
+                answer(replies.into_iter().map(|(_, reply)| (reply, Err(Refusal::outcome_unknown()))), self.broker);
                 false
             }
         }
@@ -306,16 +309,23 @@ impl Turn<'_> {
     }
 }
 
-/// What Redis answered to one message. On a channel with history that is its cursor.
-fn outcome_of(result: RedisResult<Value>) -> Outcome {
+/// What Redis answered to one message. On a channel with history, where a script published, that is its cursor.
+fn outcome_of(result: RedisResult<Value>, is_script: bool) -> Outcome {
     match result {
         Ok(Value::Int(_)) => Ok(None),
         Ok(answer) => match history_redis::parse_published(&answer) {
             Some((cursor, _)) => Ok(Some(cursor)),
-            None => Err(Refusal::redis_error("its answer is no cursor")),
+            None => Err(broken_off("its answer is no cursor")),
         },
+        Err(error) if is_script && !history_redis::is_refused(&error) => Err(broken_off(&error.to_string())),
         Err(error) => Err(refusal(&error)),
     }
+}
+
+/// The script failed, perhaps after it had appended: not all of it is done, and not nothing.
+fn broken_off(error: &str) -> Refusal {
+    let message = format!("redis did not publish all of it, outcome unknown: {error}");
+    Refusal { message: message.into(), ..Refusal::outcome_unknown() }
 }
 
 /// Redis forgot the script, and so ran nothing.
