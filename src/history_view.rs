@@ -219,15 +219,23 @@ impl Window {
         };
         let has_more = taken.len() < entries.len();
         let mut told = with_gaps(before, before, &taken, |_| false);
-        // A client that asks for what is too old is told that something is missing.
-        if let Range::After(cursor) = range
-            && self.judge(cursor) == Standing::Old
+        if let Some(reason) = self.is_broken_at(range)
             && !matches!(told.first(), Some(Told::Gap(_)))
         {
             let next = told.first().and_then(Told::cursor);
-            told.insert(0, Told::Gap(Gap { after: Some(cursor), next, reason: GapReason::Trimmed }));
+            told.insert(0, Told::Gap(Gap { after: before, next, reason }));
         }
         Page { told, has_more }
+    }
+
+    /// Why something is missing for a client that asks for what is after a cursor: it is too old, or was lost.
+    fn is_broken_at(&self, range: Range) -> Option<GapReason> {
+        let Range::After(cursor) = range else { return None };
+        match self.judge(cursor) {
+            Standing::On => None,
+            Standing::Old => Some(GapReason::Trimmed),
+            Standing::Fork => Some(GapReason::Upstream),
+        }
     }
 }
 
