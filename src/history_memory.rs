@@ -14,9 +14,12 @@ use crate::cursor::Cursor;
 use crate::history_store::{Chain, Entry, IDEMPOTENCY_WINDOW, Loss, Marked, Moment, Retention, Window};
 use crate::history_view::Start;
 
-/// Channels of which only the position is left. Anybody can make one by subscribing, so beyond this they are forgotten
-/// at once: whoever comes back to one begins anew.
-const POSITIONS_MAX: usize = 1 << 16;
+/// Channels that nobody is in. Anybody can make one by subscribing, so beyond this they are forgotten, first those of which
+/// only the position is left, then those published to longest ago: whoever comes back to one begins anew.
+const IDLE_MAX: usize = 1 << 16;
+
+/// Answers that are remembered; beyond it the oldest are forgotten, and a publish that is repeated after that is another one.
+const ANSWERS_MAX: usize = 1 << 16;
 
 /// The store.
 #[derive(Debug, Default)]
@@ -148,15 +151,21 @@ impl Memory {
         self.past(channel, retention).hold().read(unless, at)
     }
 
-    /// Drops what is too old, in all channels; to be called now and then. The number of channels left.
+    /// Drops what is too old, in all channels, and what is too much; to be called now and then. The number of channels left.
     pub fn expire(&self, now_ms: u64) -> usize {
-        let are_too_many = self.channels.len() > POSITIONS_MAX;
+        let mut idle = Vec::new();
         self.channels.retain(|_, past| {
             let mut chain = past.chain.lock();
-            let is_gone = chain.expire(&past.retention, now_ms) || (are_too_many && chain.is_empty());
             // Whoever holds it may be about to use it.
-            !is_gone || Arc::strong_count(past) > 1
+            let is_used = Arc::strong_count(past) > 1;
+            let is_gone = chain.expire(&past.retention, now_ms) && !is_used;
+            idle.extend((!is_used && !is_gone).then(|| chain.worth()));
+            !is_gone
         });
+        if let Some(last) = idle.len().checked_sub(IDLE_MAX + 1) {
+            let (_, last, _) = idle.select_nth_unstable(last);
+            self.channels.retain(|_, past| Arc::strong_count(past) > 1 || past.chain.lock().worth() > *last);
+        }
         self.answers.lock().expire(now_ms);
         self.channels.len()
     }
@@ -164,6 +173,11 @@ impl Memory {
 
 impl Answers {
     fn remember(&mut self, repeat: Repeat, cursor: Cursor, now_ms: u64) {
+        if self.ending.len() == ANSWERS_MAX
+            && let Some((ends_ms, _)) = self.ending.front()
+        {
+            self.expire(*ends_ms);
+        }
         let ends_ms = now_ms + IDEMPOTENCY_WINDOW.as_millis() as u64;
         self.ending.push_back((ends_ms, repeat.clone()));
         self.cursors.insert(repeat, (cursor, ends_ms));

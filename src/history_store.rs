@@ -271,6 +271,11 @@ impl Chain {
         self.stream.is_empty()
     }
 
+    /// What goes first where there is too much: positions alone, then what was published to longest ago.
+    pub(crate) fn worth(&self) -> (bool, Option<Cursor>) {
+        (!self.stream.is_empty(), self.top)
+    }
+
     /// Drops what is too old; true if nothing is left, not even the position.
     pub fn expire(&mut self, retention: &Retention, now_ms: u64) -> bool {
         self.trim(retention, now_ms);

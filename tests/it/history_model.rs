@@ -10,7 +10,7 @@ use hubcast::cursor::Cursor;
 use hubcast::history_memory::{Memory, Published};
 use hubcast::history_redis::{Place, is_envelope, parse_envelope, parse_published};
 use hubcast::history_store::{Content, Entry, Loss, Marked, Moment, Retention, Window};
-use hubcast::history_view::{Range, Told};
+use hubcast::history_view::{Gap, GapReason, Range, Told};
 use hubcast::presence_store;
 use hubcast::topology::Topology;
 use proptest::prelude::*;
@@ -260,17 +260,32 @@ async fn bad_arguments_change_nothing() {
         "10 x 1000 5 PUBLISH c x",
         "10 1000 1000",
         "10 1000 1000 x PUBLISH c x",
+        "10 1000 -5000 5 PUBLISH c x",
+        "10 1000 1e300 5 PUBLISH c x",
+        "10 1e300 1000 5 PUBLISH c x",
+        "10 nan 1000 5 PUBLISH c x",
+        "10 1000 nan 5 PUBLISH c x",
+        "10 1000 1000 5.5 PUBLISH c x",
+        "10 1000 1000 -5 PUBLISH c x",
+        "10 1000 1000 281474976710656 PUBLISH c x",
+        "10 1000 1000 nan PUBLISH c x",
     ] {
         let mut words = vec!["EVAL", &script, "2", "s", "t"];
         words.extend(arguments.split(' '));
         redis.query::<redis::Value>(&words).await.expect_err(arguments);
     }
-    for remembered_for in ["x", "0", ""] {
+    for remembered_for in ["x", "0", "", "1.5", "-1", "1e300", "nan"] {
         let words =
             ["EVAL", &script, "3", "s", "t", "a", "10", "1000", "1000", "5", "PUBLISH", "c", "x", remembered_for];
         redis.query::<redis::Value>(&words).await.expect_err(remembered_for);
     }
     assert_eq!(redis.query::<u64>(&["DBSIZE"]).await.unwrap(), 0);
+    // However a number is written, what is stored can be read.
+    let words = ["EVAL", &script, "3", "s", "t", "a", "10", "1e3", "1000.0", "007.0", "PUBLISH", "c", "x", "3e5"];
+    let id: String = redis.query(&words).await.unwrap();
+    let entries: Vec<(String, Vec<String>)> = redis.query(&["XRANGE", "s", "-", "+"]).await.unwrap();
+    assert!(Cursor::parse(&id).is_some() && Cursor::parse(&entries[0].1[1]).is_some(), "{entries:?}");
+    assert!((1..=300_000).contains(&redis.query::<i64>(&["PTTL", "a"]).await.unwrap()));
 }
 
 /// Time at Redis cannot be moved, so it is short here.
@@ -356,6 +371,28 @@ fn ids_grow_whatever_the_clock_does() {
     assert_eq!(full.next(0, 7), Cursor { ms: 11, sequence: 7 });
 }
 
+/// Anybody can make channels and keys: of those that nobody is in, the ones published to last stay.
+#[test]
+fn memory_is_bounded_by_number() {
+    const MAX: u64 = 1 << 16;
+    let (memory, retention) = (Memory::default(), Retention::new(5, Duration::from_secs(3600)));
+    let at = |number| Moment { now_ms: 1_000_000 + number, random: 0 };
+    let publish =
+        |number: u64| memory.publish(&number.to_string(), "x".into(), &retention, Some("key"), at(number), |_| ());
+    let used = memory.past("0", &retention);
+    let first = publish(0);
+    for number in 1..=MAX + 9 {
+        publish(number);
+    }
+    memory.read("position", None, &retention, at(2 * MAX));
+    assert_eq!(memory.expire(2 * MAX), MAX as usize + 1, "and the one that is in use");
+    let is_there = |name: &str| !memory.read(name, None, &retention, at(2 * MAX)).entries.is_empty();
+    assert!(is_there("0") && !is_there("9") && is_there("10") && is_there(&MAX.to_string()));
+    drop(used);
+    assert!(matches!(publish(MAX), Published::Repeated(_)), "remembered");
+    assert!(matches!(publish(1), Published::Appended(_)) && publish(0) != first, "forgotten");
+}
+
 #[test]
 fn pages_and_recoveries_are_bounded() {
     let entries = |count: u64, size: usize| Window {
@@ -377,6 +414,17 @@ fn pages_and_recoveries_are_bounded() {
     assert_eq!(window.recover(cursor(1699), &[]), None);
     assert_eq!(window.recover(cursor(2000), &[]), Some(vec![]));
     assert_eq!(window.recover(cursor(2001), &[]), None);
+    // A cursor that is on no chain that leads here, and one that is trimmed.
+    let gap = |after, next: u64, reason| Told::Gap(Gap { after: Some(after), next: Some(cursor(next)), reason });
+    let lost = Cursor { ms: 1990, sequence: 7 };
+    let page = window.page(Range::After(lost), 3);
+    assert_eq!((ids(&page.told), &page.told[0]), (vec![1990, 1991, 1992], &gap(lost, 1990, GapReason::Upstream)));
+    let trimmed = Window { entries: window.entries[1900..].to_vec(), top: window.top };
+    let page = trimmed.page(Range::After(cursor(5)), 2);
+    assert_eq!((ids(&page.told), &page.told[0]), (vec![1901, 1902], &gap(cursor(5), 1901, GapReason::Trimmed)));
+    let page = window.page(Range::After(cursor(2001)), 3);
+    let nothing = Gap { after: Some(cursor(2001)), next: None, reason: GapReason::Upstream };
+    assert_eq!(page.told, [Told::Gap(nothing)]);
     let big = entries(5, 400 << 10);
     assert_eq!(ids(&big.page(Range::After(cursor(0)), 100).told), [1, 2]);
     assert_eq!(ids(&big.page(Range::Newest, 100).told), [4, 5]);
