@@ -269,11 +269,15 @@ impl<S: Subscriber> Channel<S> {
 
     /// The next step of a server's multiplexer for this channel, which is subscribed there or nowhere.
     pub fn reconcile(&self, server: usize, now_us: u64) -> Step {
+        let mut following = self.following().map(Following::hold);
         let mut state = self.state.lock();
         let idle_since_us = state.idle_since_us;
         let step = state.upstream.reconcile(idle_since_us, now_us);
-        if step == Step::Subscribe {
-            self.server.store(server, Ordering::Release);
+        match (step, &mut following) {
+            (Step::Subscribe, _) => self.server.store(server, Ordering::Release),
+            // Whoever comes from now on waits for the next SUBSCRIBE.
+            (Step::Unsubscribe, Some(following)) => following.unconfirmed(),
+            _ => {}
         }
         step
     }
@@ -285,8 +289,20 @@ impl<S: Subscriber> Channel<S> {
 
     /// An UNSUBSCRIBE was answered without a confirmation: the channel is as live as before. True if it was so.
     pub(crate) fn keep_at(&self, server: usize) -> bool {
-        let mut state = self.state.lock();
-        self.upstream_server() == Some(server) && state.upstream.keep()
+        let keep = || {
+            let mut state = self.state.lock();
+            self.upstream_server() == Some(server) && state.upstream.keep()
+        };
+        match self.following() {
+            None => keep(),
+            Some(following) => following.ask(|follow, out| {
+                let is_kept = keep();
+                if is_kept {
+                    follow.confirmed(out);
+                }
+                is_kept
+            }),
+        }
     }
 
     /// Whether a SUBSCRIBE is sent to the server and not confirmed.

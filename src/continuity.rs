@@ -3,21 +3,24 @@
 //! Live messages come in any order, some twice, some never; Redis may go back to an older state. [`Follow`] takes a
 //! message if it names the position as its predecessor. Whatever else comes is held until the stream is read: one read
 //! at a time serves repair, position check and recovery. If what this instance had is on no chain that leads to what
-//! the read shows, Redis lost it: the subscribers are told, and a break marker is asked for so that others learn of it.
+//! the read shows, Redis lost it: the subscribers are told, and a break marker is asked for so that others learn of it
+//! (`losses.rs`).
 //!
 //! The model that this follows was tried against random worlds; `tests/it/continuity_model.rs` does the same to this.
 
 use std::collections::HashMap;
 
 use crate::cursor::{Cursor, Ids};
-use crate::history_store::{Content, Entry, Loss, Marked, Standing, Window};
+use crate::history_store::{Content, Entry, Loss, Standing, Window};
 use crate::history_view::{Gap, GapReason, RECOVERY_EVENTS_MAX, REPLY_BYTES_MAX, Start, Told, with_gaps};
-
-/// Most messages that are held for a read. What comes then is dropped: the read after this one has it.
-const HELD_MAX: usize = 40;
+use crate::hold::Hold;
 
 /// Ids that are remembered, in multiples of the history's size.
 const REMEMBERED_SIZES: usize = 2;
+
+/// How many more of them while a read is under way: what goes by live meanwhile, so that its answer can be told from
+/// another branch.
+const REMEMBERED_FOR_READ: usize = 2 * RECOVERY_EVENTS_MAX;
 
 /// What has to be done. Pushed in order; each read and each mark is to be answered once.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +35,8 @@ pub enum Output<J> {
         /// The position that is held, if the stream is of no use while that is the newest.
         unless: Option<Cursor>,
     },
+    /// Wait until all messages are here that Redis sent before this. Answer by [`Follow::fenced`].
+    Fence,
     /// Mark a loss. Answer by [`Follow::marked`].
     Mark(Loss),
     /// A request failed: call [`Follow::resume`] after a pause with jitter.
@@ -52,38 +57,43 @@ pub struct Admission<J> {
 pub struct Follow<J> {
     is_cached: bool,
     /// The last entry passed; `None`: not known yet.
-    position: Option<Cursor>,
+    pub(crate) position: Option<Cursor>,
     /// The last cursor that was told.
     told_last: Option<Cursor>,
     /// Entries passed, in order, lost branches included: one unbroken piece that ends at the position.
-    ring: Ids,
+    pub(crate) ring: Ids,
     /// Those of earlier pieces: never delivered again.
     before: Ids,
     /// The greatest id ever passed.
     newest: Cursor,
     /// Ids heard and known to be lost: late copies and what continues them are dropped.
-    lost: Ids,
+    pub(crate) lost: Ids,
     /// Markers whose gap was told ahead of them.
-    told: Ids,
+    pub(crate) told: Ids,
     /// Markers without shared id that were passed.
-    passed: Ids,
+    pub(crate) passed: Ids,
     /// An id that the chain must have, else it is lost: our marker, or a message whose loss is being marked.
-    must: Option<Cursor>,
+    pub(crate) must: Option<Cursor>,
     /// For a loss known from messages: the newest predecessor that they name and the chain has.
-    link: Option<Cursor>,
+    pub(crate) link: Option<Cursor>,
     /// Nothing is in common with what was: go on with what is newer than all.
-    skips: bool,
+    pub(crate) skips: bool,
     /// Who waits for a read to be sent, and who for its answer.
     joiners: Vec<Joiner<J>>,
     serving: Vec<Joiner<J>>,
-    /// Messages that did not fit, with their numbers.
-    hold: Vec<(u64, Entry)>,
+    /// Messages that did not fit.
+    pub(crate) hold: Hold,
     /// Messages that came so far.
     number: u64,
+    /// Entries that went by live since the read was sent.
+    live: usize,
+    /// A read whose answer came before the messages of what it shows. While they are awaited those it is for are let in
+    /// as soon as the last of them is there.
+    early: Option<Window>,
     /// What went by live since the read was sent, for those that it serves; `None` if nobody needs it, or it is too much.
     recent: Option<Vec<Entry>>,
     is_confirmed: bool,
-    busy: Busy,
+    pub(crate) busy: Busy,
     /// A read was asked for meanwhile.
     again: bool,
     pauses: bool,
@@ -99,11 +109,15 @@ struct Joiner<J> {
 
 /// The request that is under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Busy {
+pub(crate) enum Busy {
     Rest,
     /// What was the case when the read was sent: what the chain must have, and how many messages had come.
     Reading {
         before: Option<Cursor>,
+        asked: u64,
+    },
+    /// The messages that the read showed are awaited.
+    Fencing {
         asked: u64,
     },
     /// `stays`: only messages were lost, the position itself is on the chain.
@@ -118,7 +132,7 @@ impl<J: PartialEq> Follow<J> {
     /// A channel of which nothing is known, with a history of `size` entries; those who join one that `is_cached` begin
     /// with its last event.
     pub fn new(size: usize, is_cached: bool) -> Self {
-        let ids = || Ids::new(REMEMBERED_SIZES * size.max(1));
+        let ids = || Ids::new(REMEMBERED_SIZES * size);
         Self {
             is_cached,
             position: None,
@@ -126,7 +140,7 @@ impl<J: PartialEq> Follow<J> {
             ring: ids(),
             before: ids(),
             newest: Cursor { ms: 0, sequence: 0 },
-            lost: Ids::new(REMEMBERED_SIZES * size + HELD_MAX),
+            lost: Ids::new(REMEMBERED_SIZES * size + REMEMBERED_FOR_READ),
             told: ids(),
             passed: ids(),
             must: None,
@@ -134,8 +148,10 @@ impl<J: PartialEq> Follow<J> {
             skips: false,
             joiners: Vec::new(),
             serving: Vec::new(),
-            hold: Vec::new(),
+            hold: Hold::default(),
             number: 0,
+            live: 0,
+            early: None,
             recent: None,
             is_confirmed: false,
             busy: Busy::Rest,
@@ -170,23 +186,24 @@ impl<J: PartialEq> Follow<J> {
         self.is_confirmed
     }
 
-    /// Whether somebody, or a message, waits for a read.
+    /// Whether somebody, or a message, waits for a read, be it for the next one.
     pub fn is_awaited(&self) -> bool {
-        !self.serving.is_empty() || !self.hold.is_empty()
+        !self.serving.is_empty() || !self.hold.is_empty() || (self.is_confirmed && !self.joiners.is_empty())
     }
 
     /// Somebody subscribes, perhaps after a cursor. It is let in once a read says so that is sent after this, and after
     /// the SUBSCRIBE was confirmed.
     pub fn join(&mut self, who: J, after: Option<Cursor>, out: &mut Vec<Output<J>>) {
-        self.joiners.push(Joiner { who, after, is_behind: false });
-        if self.is_confirmed {
-            self.check(out);
-        }
+        self.wait(Joiner { who, after, is_behind: false }, out);
     }
 
     /// A member fell behind at a cursor and wants what it missed, which it is told as one that joins is let in.
     pub fn come_back(&mut self, who: J, at: Cursor, out: &mut Vec<Output<J>>) {
-        self.joiners.push(Joiner { who, after: Some(at), is_behind: true });
+        self.wait(Joiner { who, after: Some(at), is_behind: true }, out);
+    }
+
+    fn wait(&mut self, joiner: Joiner<J>, out: &mut Vec<Output<J>>) {
+        self.joiners.push(joiner);
         if self.is_confirmed {
             self.check(out);
         }
@@ -211,6 +228,8 @@ impl<J: PartialEq> Follow<J> {
             self.serving.append(&mut self.joiners);
         }
         self.recent = (!self.serving.is_empty()).then(Vec::new);
+        self.live = 0;
+        self.ring.widen(REMEMBERED_FOR_READ);
         self.busy = Busy::Reading { before: self.must.or(self.position), asked: self.number };
         // Whoever begins at the position has no need of what was before it.
         let wants_past = self.serving.iter().any(|joiner| joiner.after.is_some() || self.is_cached);
@@ -232,10 +251,10 @@ impl<J: PartialEq> Follow<J> {
         let is_marking = matches!(self.busy, Busy::Marking { .. });
         let waits = is_marking || self.position.is_none() || self.skips || !self.hold.is_empty();
         if waits || !self.take(&entry, out) {
-            if self.hold.len() < HELD_MAX {
-                self.hold.push((self.number, entry));
-            }
+            self.hold.push(self.number, entry);
             self.check(out);
+        } else if let Some(window) = self.early.take_if(|window| self.position == Some(window.top)) {
+            self.serve(&window, out);
         }
     }
 
@@ -243,7 +262,7 @@ impl<J: PartialEq> Follow<J> {
     fn take(&mut self, entry: &Entry, out: &mut Vec<Output<J>>) -> bool {
         if Some(entry.previous) == self.position {
             self.record(entry);
-            self.advance(std::slice::from_ref(entry), out);
+            self.advance(std::slice::from_ref(entry), None, out);
             return true;
         }
         if self.knows(entry.id) {
@@ -257,12 +276,13 @@ impl<J: PartialEq> Follow<J> {
         is_lost
     }
 
-    fn knows(&self, id: Cursor) -> bool {
+    pub(crate) fn knows(&self, id: Cursor) -> bool {
         self.lost.has(id) || self.ring.has(id)
     }
 
     /// Keeps what goes by live for those who wait for a read.
     fn record(&mut self, entry: &Entry) {
+        self.live += 1;
         let Some(recent) = &mut self.recent else { return };
         recent.push(entry.clone());
         if recent.len() > RECOVERY_EVENTS_MAX || recent.iter().map(Entry::len).sum::<usize>() > REPLY_BYTES_MAX {
@@ -270,15 +290,19 @@ impl<J: PartialEq> Follow<J> {
         }
     }
 
-    /// Passes entries that continue the position.
-    fn advance(&mut self, entries: &[Entry], out: &mut Vec<Output<J>>) {
+    /// Passes entries that continue the position, or, with a reason for the gap, are next after it.
+    fn advance(&mut self, entries: &[Entry], gap: Option<GapReason>, out: &mut Vec<Output<J>>) {
         let is_told = |entry: &Entry| match entry.content {
             // Redis went back to a branch that was delivered before.
             Content::Event(_) => entry.id <= self.newest && (self.ring.has(entry.id) || self.before.has(entry.id)),
             Content::Marker(_) => self.told.has(entry.id),
         };
         let passed: Vec<_> = entries.iter().collect();
-        for told in with_gaps(self.position, self.told_last, &passed, is_told) {
+        let told = with_gaps(self.position, self.told_last, &passed, is_told);
+        if let Some(reason) = gap {
+            self.tell_gap(reason, told.first().and_then(Told::cursor), out);
+        }
+        for told in told {
             self.told_last = told.cursor().or(self.told_last);
             out.push(Output::Tell(told));
         }
@@ -292,8 +316,8 @@ impl<J: PartialEq> Follow<J> {
         }
     }
 
-    fn tell_gap(&mut self, reason: GapReason, out: &mut Vec<Output<J>>) {
-        out.push(Output::Tell(Told::Gap(Gap { after: self.told_last, next: None, reason })));
+    pub(crate) fn tell_gap(&mut self, reason: GapReason, next: Option<Cursor>, out: &mut Vec<Output<J>>) {
+        out.push(Output::Tell(Told::Gap(Gap { after: self.told_last, next, reason })));
     }
 
     /// The answer to a read; `None`: it failed, or may have.
@@ -314,64 +338,75 @@ impl<J: PartialEq> Follow<J> {
         if let Some(own) = self.lost_of_held(window, asked) {
             return self.mark(own, window, out);
         }
+        self.settle(window, asked, false, out);
+    }
+
+    /// Whatever Redis sent before the last answer is here.
+    pub fn fenced(&mut self, out: &mut Vec<Output<J>>) {
+        let Busy::Fencing { asked } = self.busy else { return };
+        self.busy = Busy::Rest;
+        match self.early.take() {
+            Some(window) => self.settle(&window, asked, true, out),
+            None => self.go_on(out),
+        }
+    }
+
+    /// Goes by what a read shows, at once or after a fence.
+    fn settle(&mut self, window: &Window, asked: u64, is_fenced: bool, out: &mut Vec<Output<J>>) {
+        if self.must.is_none() && !self.skips {
+            self.take_fitting(window, out);
+        }
+        if !is_fenced && self.may_be_early(window) {
+            self.busy = Busy::Fencing { asked };
+            self.early = Some(window.clone());
+            return out.push(Output::Fence);
+        }
         if !self.catch_up(window, out) {
             self.put_back();
             return self.check(out);
         }
-        self.take_held(asked, out);
+        self.take_held(window, asked, out);
         self.serve(window, out);
+        self.go_on(out);
+    }
+
+    /// Messages have a link of their own: what is missing here may only be late. But they come in order: if one came that
+    /// is newer and does not fit, it is not.
+    fn may_be_early(&self, window: &Window) -> bool {
+        let Some(position) = self.position.filter(|_| self.is_confirmed && !self.skips) else { return false };
+        window.judge(position) == Standing::Old && !self.hold.iter().any(|(_, entry)| entry.id > position)
+    }
+
+    fn go_on(&mut self, out: &mut Vec<Output<J>>) {
         if !self.hold.is_empty() || self.again || (!self.joiners.is_empty() && self.is_confirmed) {
             self.check(out);
+        } else {
+            self.ring.narrow();
         }
-    }
-
-    /// Older than the window, yet lost: it was passed after the predecessor of the window's first entry.
-    fn is_beside(&self, id: Cursor, window: &Window) -> bool {
-        let Some(first) = window.entries.first().filter(|first| id < first.id && id != first.previous) else {
-            return false;
-        };
-        let place = |id| self.ring.ids.iter().position(|passed| *passed == id);
-        place(first.previous).zip(place(id)).is_some_and(|(first, own)| first < own)
-    }
-
-    /// Messages that came before the read was sent and are not there: lost as well. The newest of them.
-    fn lost_of_held(&mut self, window: &Window, asked: u64) -> Option<Cursor> {
-        let is_lost = |(number, entry): &&(u64, Entry)| {
-            *number <= asked
-                && !self.knows(entry.id)
-                && !self.lost.has(entry.previous)
-                && window.judge(entry.id) == Standing::Fork
-        };
-        let lost: Vec<_> = self.hold.iter().filter(is_lost).map(|(_, entry)| (entry.id, entry.previous)).collect();
-        let own = lost.iter().map(|(id, _)| *id).max()?;
-        let links = lost.iter().map(|(_, previous)| *previous).filter(|id| window.judge(*id) == Standing::On);
-        (self.must, self.link) = (Some(own), Some(links.max().unwrap_or(window.top)));
-        lost.iter().for_each(|(id, _)| self.lost.push(*id));
-        Some(own)
     }
 
     /// Goes on to what the window shows. False: live went on along another branch meanwhile, look again.
     fn catch_up(&mut self, window: &Window, out: &mut Vec<Output<J>>) -> bool {
         let Some(position) = self.position.filter(|_| !self.skips) else {
-            self.begin_anew(window, out);
+            self.begin_anew(window, None, out);
             return true;
         };
         match window.judge(position) {
             Standing::On => {
-                self.advance(window.after(position).unwrap_or_default(), out);
+                self.advance(window.after(position).unwrap_or_default(), None, out);
                 true
             }
             Standing::Old => {
-                self.tell_gap(GapReason::Trimmed, out);
-                self.begin_anew(window, out);
+                self.begin_anew(window, Some(GapReason::Trimmed), out);
                 true
             }
-            Standing::Fork => self.knows(window.top),
+            // More than can be told apart went by: the next check looks at what was passed then.
+            Standing::Fork => self.knows(window.top) || self.live >= self.ring.room(),
         }
     }
 
     /// Nothing to compare with, or nothing in common: what is newer than all that was passed is told.
-    fn begin_anew(&mut self, window: &Window, out: &mut Vec<Output<J>>) {
+    fn begin_anew(&mut self, window: &Window, gap: Option<GapReason>, out: &mut Vec<Output<J>>) {
         let start = match self.position {
             Some(_) => window.entries.partition_point(|entry| entry.id <= self.newest),
             None => window.entries.len(),
@@ -391,18 +426,29 @@ impl<J: PartialEq> Follow<J> {
         if fresh.is_empty() && !self.knows(window.top) {
             self.ring.push(window.top);
         }
-        self.advance(fresh, out);
+        self.advance(fresh, gap, out);
         self.position = Some(window.top);
         self.newest = self.newest.max(window.top);
     }
 
-    /// Takes what was held and now fits. What a read was asked for after it came, and is not there, is trimmed.
-    fn take_held(&mut self, asked: u64, out: &mut Vec<Output<J>>) {
+    /// Takes what was held and fits where the channel stands. What does not, is older, and not another branch's, was passed.
+    fn take_fitting(&mut self, window: &Window, out: &mut Vec<Output<J>>) {
+        let mut hold = std::mem::take(&mut self.hold);
+        hold.retain(|_, entry| {
+            let is_passed = |position| entry.id <= position && window.judge(entry.id) != Standing::Fork;
+            !self.take(entry, out) && !self.position.is_some_and(is_passed)
+        });
+        self.hold = hold;
+    }
+
+    /// Takes what was held and now fits. What the window shows, or is older, is passed, even where the ring forgot it;
+    /// what a read was asked for after it came, and is not there, is trimmed.
+    fn take_held(&mut self, window: &Window, asked: u64, out: &mut Vec<Output<J>>) {
         for _ in 0..2 {
-            let mut held = std::mem::take(&mut self.hold);
-            held.sort_by_key(|(_, entry)| entry.id);
-            held.retain(|(number, entry)| !self.take(entry, out) && *number > asked);
-            self.hold = held;
+            let mut hold = std::mem::take(&mut self.hold);
+            let is_newer = |id| window.judge(id) == Standing::Fork;
+            hold.retain(|number, entry| !self.take(entry, out) && number > asked && is_newer(entry.id));
+            self.hold = hold;
         }
     }
 
@@ -420,7 +466,7 @@ impl<J: PartialEq> Follow<J> {
         for Joiner { who: joiner, after, is_behind } in std::mem::take(&mut self.serving) {
             let start = starts.entry((after, is_behind)).or_insert_with(|| start(after, is_behind)).clone();
             out.push(Output::Admit(Admission { joiner, start }));
-            self.told_last = Some(position);
+            self.told_last.get_or_insert(position);
         }
     }
 
@@ -435,56 +481,15 @@ impl<J: PartialEq> Follow<J> {
         Some(&recent[recent.len().checked_sub(count)?..])
     }
 
-    fn put_back(&mut self) {
+    pub(crate) fn put_back(&mut self) {
         self.serving.append(&mut self.joiners);
         std::mem::swap(&mut self.serving, &mut self.joiners);
         self.recent = None;
     }
 
-    fn retry(&mut self, out: &mut Vec<Output<J>>) {
+    pub(crate) fn retry(&mut self, out: &mut Vec<Output<J>>) {
         self.put_back();
         self.pauses = true;
         out.push(Output::Pause);
-    }
-
-    /// Redis lost `own`.
-    fn mark(&mut self, own: Cursor, window: &Window, out: &mut Vec<Output<J>>) {
-        let link = self.link.filter(|link| window.has(*link));
-        let shared = link.or_else(|| self.ring.ids.iter().copied().filter(|id| window.has(*id)).max());
-        let is_ahead = |position: Cursor| own != position && window.judge(position) == Standing::Fork;
-        let is_older = self.position.is_some_and(is_ahead) && self.knows(window.top);
-        self.put_back();
-        self.busy = Busy::Marking { shared, own, stays: is_older || link.is_some() };
-        out.push(Output::Mark(Loss { shared, own, passed: self.passed.ids.iter().copied().collect() }));
-    }
-
-    /// The answer to a mark; `None`: it failed, or may have.
-    pub fn marked(&mut self, answer: Option<Marked>, out: &mut Vec<Output<J>>) {
-        let Busy::Marking { shared, own, stays } = self.busy else { return };
-        self.busy = Busy::Rest;
-        match answer {
-            None => return self.retry(out),
-            Some(Marked::Exists) => {}
-            Some(Marked::Already(marker) | Marked::Written(marker)) => {
-                self.lost.push(own);
-                self.must = Some(marker);
-                // Where only messages were lost, it is told when the marker is passed, in the stream's order.
-                if !stays {
-                    self.lose_position(shared, marker, out);
-                }
-            }
-        }
-        self.check(out);
-    }
-
-    /// Told at once, since live events may follow the shared id before the next read.
-    fn lose_position(&mut self, shared: Option<Cursor>, marker: Cursor, out: &mut Vec<Output<J>>) {
-        self.tell_gap(GapReason::Upstream, out);
-        self.told.push(marker);
-        self.passed.push(marker);
-        match shared {
-            Some(shared) => self.position = Some(shared),
-            None => self.skips = true,
-        }
     }
 }

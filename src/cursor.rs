@@ -78,12 +78,30 @@ fn part(digits: &str) -> Option<u64> {
 pub struct Ids {
     pub(crate) ids: VecDeque<Cursor>,
     max: usize,
+    more: usize,
 }
 
 impl Ids {
     /// Room for `max` ids, at least one.
     pub fn new(max: usize) -> Self {
-        Self { ids: VecDeque::new(), max: max.max(1) }
+        Self { ids: VecDeque::new(), max: max.max(1), more: 0 }
+    }
+
+    /// Room for so many more, for a while.
+    pub(crate) fn widen(&mut self, more: usize) {
+        self.more = more;
+    }
+
+    /// The end of that while.
+    pub(crate) fn narrow(&mut self) {
+        self.more = 0;
+        self.ids.drain(..self.ids.len().saturating_sub(self.max));
+        self.ids.shrink_to(self.max);
+    }
+
+    /// For how many there is room now.
+    pub(crate) fn room(&self) -> usize {
+        self.max + self.more
     }
 
     /// Whether it is among them: a search through all.
@@ -93,7 +111,7 @@ impl Ids {
 
     /// One more.
     pub fn push(&mut self, id: Cursor) {
-        if self.ids.len() == self.max {
+        if self.ids.len() == self.room() {
             self.ids.pop_front();
         }
         self.ids.push_back(id);

@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use dashmap::DashMap;
 use parking_lot::{Mutex, MutexGuard};
@@ -26,6 +27,9 @@ use crate::replay::Replays;
 /// Followed channels that nobody is in; of more, those left first are forgotten.
 const IDLE_MAX: usize = 1 << 16;
 
+/// The part of the interval after which a silent position is checked.
+const PATIENCE: std::ops::Range<f64> = 0.5..1.0;
+
 /// All channels that are followed.
 #[derive(Debug, Default)]
 pub struct Followings {
@@ -42,6 +46,9 @@ pub struct Following {
     pub retention: Retention,
     state: Mutex<State>,
     requests: Arc<Requests>,
+    asked: Mutex<Asked>,
+    /// Its own part of the interval between two checks, so that channels that began together do not stay together.
+    patience: f64,
     /// When something was last heard of the position.
     active_us: AtomicU64,
     /// When the channel was last seen in the hub.
@@ -55,7 +62,7 @@ struct State {
     out: Vec<Output<Position>>,
 }
 
-/// What a channel wants of Redis. One request each at most, so the list is bounded by their number.
+/// What channels want of Redis. Each is in each list once at most, so they are bounded by their number.
 #[derive(Debug, Default)]
 pub struct Requests {
     list: Mutex<Lists>,
@@ -65,9 +72,17 @@ pub struct Requests {
 #[derive(Debug, Default)]
 struct Lists {
     /// Somebody waits for it.
-    urgent: VecDeque<Request>,
-    /// Nothing but a look whether the position is still what it was.
-    checks: VecDeque<Request>,
+    urgent: VecDeque<Arc<Following>>,
+    /// Nothing but a look whether the position is still what it was. Some of these were made urgent meanwhile.
+    checks: VecDeque<Arc<Following>>,
+}
+
+/// What one channel wants: one thing at a time. Changed only while the lists are locked, too.
+#[derive(Debug, Default)]
+struct Asked {
+    what: Option<What>,
+    is_urgent: bool,
+    is_in_checks: bool,
 }
 
 /// A request of one channel.
@@ -86,6 +101,8 @@ pub enum What {
     Read(Option<Cursor>),
     /// Mark a loss.
     Mark(Loss),
+    /// Wait until all messages are here that Redis sent before this.
+    Fence,
     /// Nothing for a while: a request failed.
     Pause,
 }
@@ -100,6 +117,8 @@ impl Followings {
                 retention: *retention,
                 state: Mutex::new(state),
                 requests: Arc::clone(&self.requests),
+                asked: Mutex::default(),
+                patience: rand::random_range(PATIENCE),
                 active_us: AtomicU64::new(clock::now_us()),
                 used_us: AtomicU64::new(clock::now_us()),
             })
@@ -122,22 +141,23 @@ impl Followings {
         self.channels.is_empty()
     }
 
-    /// Has the positions of some channels checked.
+    /// Has the positions of some channels checked, also those that are only retained.
     pub fn check_where(&self, is_doubted: impl Fn(&str) -> bool) {
         let doubted = self.channels.iter().filter(|following| is_doubted(&following.name));
         let doubted: Vec<_> = doubted.map(|following| Arc::clone(&following)).collect();
         doubted.iter().for_each(Following::check);
     }
 
-    /// Has positions checked of which nothing was heard since `before_us`, and forgets channels that nobody has been in
-    /// for as long as their entries live.
-    pub fn look_through(&self, before_us: u64) {
+    /// Has positions checked of which nothing was heard for about `interval`, and forgets channels that nobody has been
+    /// in for as long as their entries live.
+    pub fn look_through(&self, interval: Duration) {
         let now_us = clock::now_us();
         let (mut silent, mut idle) = (Vec::new(), Vec::new());
         for following in &self.channels {
             if following.is_used() {
                 following.used_us.store(now_us, Ordering::Relaxed);
-                if following.active_us.load(Ordering::Relaxed) < before_us {
+                let due_us = following.active_us.load(Ordering::Relaxed) + micros(interval.mul_f64(following.patience));
+                if due_us <= now_us {
                     silent.push(Arc::clone(&following));
                 }
             } else {
@@ -174,12 +194,16 @@ impl Following {
         let result = act(follow, out, fanout);
         self.active_us.store(clock::now_us(), Ordering::Relaxed);
         let is_awaited = follow.is_awaited();
+        if is_awaited && self.asked.lock().is_put_off() {
+            self.hurry();
+        }
         let mut replays = Replays::new(&self.name);
         for output in out.drain(..) {
             match output {
                 Output::Read { unless } => self.request(What::Read(unless), is_awaited),
+                Output::Fence => self.request(What::Fence, true),
                 Output::Mark(loss) => self.request(What::Mark(loss), true),
-                Output::Pause => self.request(What::Pause, false),
+                Output::Pause => self.request(What::Pause, is_awaited),
                 Output::Tell(told) => channel.into_iter().for_each(|channel| tell(channel, told.clone(), fanout)),
                 Output::Admit(admission) => {
                     channel.into_iter().for_each(|channel| channel.let_in(&admission, &mut replays, fanout));
@@ -189,20 +213,31 @@ impl Following {
         result
     }
 
-    /// Has the position checked if anybody would miss a loss.
+    /// Has the position checked, if one is known.
     pub(crate) fn check(self: &Arc<Self>) {
+        self.ask(|follow, out| {
+            if follow.position().is_some() {
+                follow.check(out);
+            }
+        });
+        self.active_us.store(clock::now_us(), Ordering::Relaxed);
+    }
+
+    /// Lets `act` do what asks for a read and nothing else: nobody is told anything before the answer.
+    pub(crate) fn ask<R>(
+        self: &Arc<Self>,
+        act: impl FnOnce(&mut Follow<Position>, &mut Vec<Output<Position>>) -> R,
+    ) -> R {
         let mut out = Vec::new();
         let mut state = self.state.lock();
-        if state.follow.is_confirmed() {
-            state.follow.check(&mut out);
-        }
-        self.active_us.store(clock::now_us(), Ordering::Relaxed);
+        let result = act(&mut state.follow, &mut out);
+        let is_awaited = state.follow.is_awaited();
         for output in out {
-            // Nobody is told anything before the answer.
             if let Output::Read { unless } = output {
-                self.request(What::Read(unless), false);
+                self.request(What::Read(unless), is_awaited);
             }
         }
+        result
     }
 
     /// Whether a channel in the hub has it: that, and the list of all.
@@ -210,11 +245,27 @@ impl Following {
         Arc::strong_count(self) > 1
     }
 
-    fn request(self: &Arc<Self>, what: What, is_awaited: bool) {
+    fn request(self: &Arc<Self>, what: What, is_urgent: bool) {
         let mut lists = self.requests.list.lock();
-        let list = if is_awaited { &mut lists.urgent } else { &mut lists.checks };
-        list.push_back(Request { following: Arc::clone(self), what });
+        let mut asked = self.asked.lock();
+        (asked.what, asked.is_urgent) = (Some(what), is_urgent);
+        if is_urgent {
+            lists.urgent.push_back(Arc::clone(self));
+        } else if !std::mem::replace(&mut asked.is_in_checks, true) {
+            lists.checks.push_back(Arc::clone(self));
+        }
         self.requests.notify.notify_one();
+    }
+
+    /// Somebody waits now for what was put off.
+    fn hurry(self: &Arc<Self>) {
+        let mut lists = self.requests.list.lock();
+        let mut asked = self.asked.lock();
+        // It may just have been taken.
+        if asked.is_put_off() {
+            asked.is_urgent = true;
+            lists.urgent.push_back(Arc::clone(self));
+        }
     }
 }
 
@@ -227,11 +278,27 @@ fn tell<S: Subscriber>(channel: &Arc<Channel<S>>, told: Told, fanout: &mut Fanou
     }
 }
 
+impl Asked {
+    fn is_put_off(&self) -> bool {
+        self.what.is_some() && !self.is_urgent
+    }
+}
+
 impl Requests {
     /// The next one, those that somebody waits for first.
     pub fn pop(&self) -> Option<Request> {
         let mut lists = self.list.lock();
-        lists.urgent.pop_front().or_else(|| lists.checks.pop_front())
+        loop {
+            let is_urgent = !lists.urgent.is_empty();
+            let list = if is_urgent { &mut lists.urgent } else { &mut lists.checks };
+            let following = list.pop_front()?;
+            let mut asked = following.asked.lock();
+            asked.is_in_checks &= is_urgent;
+            if let Some(what) = asked.what.take() {
+                drop(asked);
+                return Some(Request { following, what });
+            }
+        }
     }
 
     /// Waits until one was listed since the last wait.

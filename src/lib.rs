@@ -36,7 +36,8 @@
 //! # Continuity of a channel with history
 //! Without Redis: `history_memory` keeps the chains of `history_store`, and `channel_past` lets in who joins.
 //! With it: `publisher` → `history_redis` (scripts, which publish) → `multiplexer` → `following`, which guards `continuity`
-//! and carries out what that asks for: it tells `channel`, lets in who waited, and has `repair` read at Redis.
+//! (with `losses`, its other half, and `hold`, where messages wait for a read) and carries out what that asks for: it tells
+//! `channel`, lets in who waited, and has `repair` read at Redis.
 //! `history_view` says what is told of a read; `replay` encodes it once.
 //!
 //! # Where a channel is at Redis
@@ -159,6 +160,8 @@ pub mod history_reader;
 pub mod history_redis;
 pub mod history_store;
 pub mod history_view;
+pub(crate) mod hold;
+pub(crate) mod losses;
 pub mod repair;
 pub mod replay;
 pub mod replication;

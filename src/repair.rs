@@ -12,10 +12,9 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
 use crate::broker::Broker;
-use crate::clock::{self, micros};
 use crate::cursor::Cursor;
 use crate::fanout::Fanout;
-use crate::following::{Following, Followings, Request, What};
+use crate::following::{Following, Request, What};
 use crate::history_redis::Place;
 use crate::history_store::{Loss, Marked, Window};
 use crate::hub::Histories;
@@ -44,14 +43,17 @@ pub struct Settings {
 enum Done {
     Read(Option<Window>),
     Marked(Option<Marked>),
+    Fenced,
     Paused,
 }
 
 /// Carries out requests until the runtime ends.
 pub async fn run(broker: Arc<Broker>, servers: Arc<Servers>, settings: Settings) {
     let Histories::Redis(followings) = broker.hub.histories() else { return };
-    let (mut requests, mut pauses) = (JoinSet::new(), JoinSet::new());
+    let (mut requests, mut waits) = (JoinSet::new(), JoinSet::new());
     let mut look_at = Instant::now() + LOOK_INTERVAL;
+    let mut links = servers.command_links();
+    let mut made = servers.links_made();
     let mut replication = JoinSet::new();
     replication.spawn(Replication::new(Arc::clone(&servers)).changed());
     loop {
@@ -59,7 +61,8 @@ pub async fn run(broker: Arc<Broker>, servers: Arc<Servers>, settings: Settings)
             && let Some(Request { following, what }) = followings.requests().pop()
         {
             match what {
-                What::Pause => pauses.spawn(pause(following)),
+                What::Pause => waits.spawn(pause(following)),
+                What::Fence => waits.spawn(fence(Arc::clone(&servers), following)),
                 What::Read(unless) => {
                     broker.shared.metrics.history_reads.inc();
                     requests.spawn(read(Arc::clone(&servers), settings.clone(), following, unless))
@@ -70,15 +73,24 @@ pub async fn run(broker: Arc<Broker>, servers: Arc<Servers>, settings: Settings)
         let mut fanout = Fanout::default();
         tokio::select! {
             Some(Ok((following, done))) = requests.join_next() => answered(&broker, &following, done, &mut fanout),
-            Some(Ok((following, done))) = pauses.join_next() => answered(&broker, &following, done, &mut fanout),
+            Some(Ok((following, done))) = waits.join_next() => answered(&broker, &following, done, &mut fanout),
             () = followings.requests().listed(), if requests.len() < REQUESTS_MAX => {}
             Some(Ok((known, changed))) = replication.join_next() => {
                 followings.check_where(|name| changed.contains(&servers.topology.server_of(name)));
                 replication.spawn(async { sleep(replication::INTERVAL).await; known.changed().await });
             }
+            () = servers.command_links_changed(links) => {
+                links = servers.command_links();
+                let known = std::mem::replace(&mut made, servers.links_made());
+                // Behind a new link may be a Redis that has lost something.
+                followings.check_where(|name| {
+                    let server = servers.topology.server_of(name);
+                    known[server] != made[server]
+                });
+            }
             () = sleep_until(look_at) => {
                 look_at = Instant::now() + LOOK_INTERVAL;
-                look_through(followings, &settings);
+                followings.look_through(settings.check_interval);
             }
         }
         broker.deliver(&mut fanout);
@@ -86,15 +98,14 @@ pub async fn run(broker: Arc<Broker>, servers: Arc<Servers>, settings: Settings)
     }
 }
 
-fn look_through(followings: &Followings, settings: &Settings) {
-    // Not all at the same time, however they began.
-    let interval = settings.check_interval.mul_f64(rand::random_range(0.75..1.0));
-    followings.look_through(clock::now_us().saturating_sub(micros(interval)));
-}
-
 async fn pause(following: Arc<Following>) -> (Arc<Following>, Done) {
     sleep(PAUSE.mul_f64(rand::random_range(1.0..2.0))).await;
     (following, Done::Paused)
+}
+
+async fn fence(servers: Arc<Servers>, following: Arc<Following>) -> (Arc<Following>, Done) {
+    servers.fence(servers.topology.server_of(&following.name)).pass().await;
+    (following, Done::Fenced)
 }
 
 async fn read(
@@ -144,6 +155,7 @@ fn answered(
     following.with(channel.as_ref(), fanout, |follow, out, _| match done {
         Done::Read(window) => follow.read_answered(window.as_ref(), out),
         Done::Marked(marked) => follow.marked(marked, out),
+        Done::Fenced => follow.fenced(out),
         Done::Paused => follow.resume(out),
     });
     if let Some(channel) = channel {

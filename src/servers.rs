@@ -1,7 +1,7 @@
 //! The Redis servers of this instance: the way to publish to each, and which of its links are up.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -37,6 +37,8 @@ struct Server {
     fence: Fence,
     /// The multiplexer's link, and the publisher's.
     is_up: [AtomicBool; 2],
+    /// Links that take commands, so far.
+    made: AtomicU64,
 }
 
 impl Servers {
@@ -44,7 +46,12 @@ impl Servers {
     pub fn new(topology: Arc<Topology>, publish_timeout: Duration) -> (Self, Vec<Jobs>) {
         let queues = (0..topology.servers()).map(|_| Publisher::new(publish_timeout));
         let (publishers, jobs): (Vec<_>, Vec<_>) = queues.unzip();
-        let server = |publisher| Server { publisher, fence: Fence::default(), is_up: Default::default() };
+        let server = |publisher| Server {
+            publisher,
+            fence: Fence::default(),
+            is_up: Default::default(),
+            made: AtomicU64::new(0),
+        };
         let servers = publishers.into_iter().map(server).collect();
         (Self { topology, servers, commands: watch::Sender::default() }, jobs)
     }
@@ -75,10 +82,16 @@ impl Servers {
         let _ = self.commands.subscribe().wait_for(|links| *links != known).await;
     }
 
+    /// How many links that take commands were made to each server so far.
+    pub fn links_made(&self) -> Vec<u64> {
+        self.servers.iter().map(|server| server.made.load(Ordering::Acquire)).collect()
+    }
+
     /// For a publisher: its link takes commands, or does not any more.
     pub fn lend(&self, server: usize, link: Option<MultiplexedConnection>) {
         let is_up = link.is_some();
         self.servers[server].publisher.lend(link);
+        self.servers[server].made.fetch_add(u64::from(is_up), Ordering::Release);
         self.commands.send_modify(|links| match is_up {
             true => *links = CommandLinks { up: links.up + 1, made: links.made + 1 },
             false => links.up -= 1,

@@ -24,7 +24,7 @@ impl World {
     fn obey(&mut self, instance: usize, channel: usize, out: Vec<Output<usize>>, via: impl Fn(Option<Cursor>) -> Via) {
         let item = |told: &Told| match told {
             Told::Event { cursor, .. } => Item::Event(*cursor, via(Some(*cursor))),
-            Told::Gap(_) => Item::Gap,
+            Told::Gap(gap) => Item::Gap(*gap),
         };
         for output in out {
             let slot = self.instances[instance].slots.get_mut(&channel).unwrap();
@@ -47,12 +47,17 @@ impl World {
                     inbox.push((channel, Item::Subscribed { cursor, recovered, via: via(None), is_visible }));
                     inbox.extend(admitted.start.missed.iter().map(|told| match told {
                         Told::Event { cursor, .. } => (channel, Item::Event(*cursor, via(None))),
-                        Told::Gap(_) => (channel, Item::Gap),
+                        Told::Gap(gap) => (channel, Item::Gap(*gap)),
                     }));
                 }
                 Output::Read { unless } => {
                     slot.reads += 1;
                     self.call(instance, channel, Request::Read { channel, unless });
+                }
+                Output::Fence => {
+                    // Later than what was sent before it, but for what is lost or out of order.
+                    let (ticket, wait) = (self.ticket(instance, channel), self.knobs.slow + self.delay());
+                    self.later(wait, Happening::Fenced { ticket });
                 }
                 Output::Mark(loss) => self.call(instance, channel, Request::Mark { channel, loss }),
                 Output::Pause => {
@@ -143,7 +148,7 @@ impl World {
             self.slots += 1;
             let slot = Slot {
                 id: self.slots,
-                follow: Follow::new(self.retention().size, false),
+                follow: Follow::new(self.retention().size, self.knobs.is_cached),
                 clients: Vec::new(),
                 joining: Vec::new(),
                 is_confirmed: false,

@@ -8,16 +8,24 @@
 //!    anything newer, except live events that were appended before the marker;
 //! 4. the last publish arrives, and every acknowledged one was appended;
 //! 5. without loss at Redis: no marker, no gap with nothing missing, and every cursor recovers that the stream can serve;
-//! 6. a marker only if its id is really lost, and one per shared id.
+//! 6. a marker only if its id is really lost, and one per shared id;
+//! 7. what a gap names is so: `next` is what comes next, `after` is an id that was, and where nothing is lost at Redis what
+//!    the client was told last; where nothing fails at all there is no gap.
 
 use std::collections::BTreeSet;
 
 use hubcast::cursor::Cursor;
+use hubcast::history_view::{Gap, GapReason};
 
 use crate::continuity_model::{Client, Counts, Kind, Log, Via};
 use crate::continuity_world::World;
 
 impl World {
+    /// Redis loses nothing.
+    fn is_calm(&self) -> bool {
+        matches!(self.knobs.kind, Kind::Calm | Kind::Busy)
+    }
+
     /// Whether `id` is `tip` or one of its ancestors: ids grow along a chain.
     pub fn is_on(&self, channel: usize, id: Cursor, tip: Cursor) -> bool {
         let mut at = Some(tip);
@@ -99,7 +107,7 @@ pub fn judge(world: &mut World, clients: &[Client], counts: &mut Counts) -> Resu
 
 fn check_markers(world: &World) -> Result<(), String> {
     for mark in &world.marks {
-        if world.knobs.kind == Kind::Calm {
+        if world.is_calm() {
             return Err(format!("5: marker {:?} though nothing was lost", mark.loss));
         }
         let parent = world.truth[mark.channel][&mark.id].parent;
@@ -123,7 +131,7 @@ impl Case<'_> {
                 Log::Subscribed { recovered, after, is_visible, .. } => {
                     counts.recovered += usize::from(*recovered);
                     counts.not_recovered += usize::from(!recovered && after.is_some());
-                    if !recovered && after.is_some() && self.world.knobs.kind == Kind::Calm && *is_visible {
+                    if !recovered && after.is_some() && self.world.is_calm() && *is_visible {
                         return Err(format!("5: {}: {after:?} did not recover", self.who));
                     }
                     if !recovered || starts.is_empty() || client.forges {
@@ -131,7 +139,10 @@ impl Case<'_> {
                     }
                 }
                 Log::Event(..) => counts.events += 1,
-                Log::Gap => counts.gaps += 1,
+                Log::Gap(gap) => {
+                    counts.gaps += 1;
+                    self.gap(gap, &log[..at], log.get(at + 1))?;
+                }
             }
         }
         for (number, start) in starts.iter().enumerate() {
@@ -140,6 +151,31 @@ impl Case<'_> {
         }
         if starts.is_empty() {
             return Err(format!("4: {}: was never let in", self.who));
+        }
+        Ok(())
+    }
+
+    /// Rule 7.
+    fn gap(&self, gap: &Gap, before: &[Log], then: Option<&Log>) -> Result<(), String> {
+        let Self { world, channel, who, .. } = self;
+        let is_next = |next| match then {
+            Some(Log::Event(id, _)) => *id == next,
+            Some(Log::Gap(_)) => false,
+            Some(Log::Subscribed { .. }) | None => true,
+        };
+        let was = |id| world.truth[*channel].contains_key(&id);
+        let is_loss_told = world.is_calm() && gap.reason != GapReason::Trimmed;
+        let last = before.iter().rev().find_map(|entry| match entry {
+            Log::Event(id, _) => Some(*id),
+            Log::Subscribed { cursor, .. } => Some(*cursor),
+            Log::Gap(_) => None,
+        });
+        let is_last = world.knobs.kind != Kind::Calm || gap.after == last;
+        if world.knobs.kind == Kind::Busy {
+            return Err(format!("7: {who}: {gap:?} though nothing failed"));
+        }
+        if is_loss_told || !is_last || !gap.after.is_none_or(was) || !gap.next.is_none_or(is_next) {
+            return Err(format!("7: {who}: {gap:?} after {last:?}"));
         }
         Ok(())
     }
@@ -155,7 +191,7 @@ impl Case<'_> {
         let mut places = vec![(0, start)];
         for (at, entry) in log.iter().enumerate() {
             let Log::Event(id, via) = *entry else {
-                is_broken |= matches!(entry, Log::Gap);
+                is_broken |= matches!(entry, Log::Gap(_));
                 continue;
             };
             if !delivered.insert(id) || world.is_on(*channel, id, last) {
@@ -167,7 +203,7 @@ impl Case<'_> {
             if !is_broken && (!missing.is_empty() || !continues) {
                 return Err(format!("2: {who}: {missing:?} missing between {last} and {id}, {via:?}"));
             }
-            if is_broken && missing.is_empty() && world.knobs.kind == Kind::Calm && continues {
+            if is_broken && missing.is_empty() && world.is_calm() && continues {
                 return Err(format!("5: {who}: a gap with nothing missing between {last} and {id}"));
             }
             (last, is_broken) = (id, false);
@@ -206,7 +242,7 @@ impl Case<'_> {
                 continue;
             }
             let gap =
-                (start + 1..log.len()).find(|at| matches!(log[*at], Log::Gap)).or((!is_last).then_some(log.len()));
+                (start + 1..log.len()).find(|at| matches!(log[*at], Log::Gap(_))).or((!is_last).then_some(log.len()));
             let told = self.markers_of(*lost);
             let is_known =
                 self.kept.contains(lost) || told.iter().any(|marker| world.is_on(*channel, *marker, self.top));
@@ -223,7 +259,7 @@ impl Case<'_> {
                 let Log::Event(id, via) = log[at] else { continue };
                 let is_same_read = log[start..next.unwrap_or(start)].iter().any(|entry| match entry {
                     Log::Event(_, other) | Log::Subscribed { via: other, .. } => *other == via,
-                    Log::Gap => false,
+                    Log::Gap(_) => false,
                 });
                 let is_late = |marker: &Cursor| {
                     let written = world.truth[*channel][marker].at;

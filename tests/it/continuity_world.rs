@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap};
 use hubcast::continuity::Follow;
 use hubcast::cursor::Cursor;
 use hubcast::history_store::{Chain, Content, Entry, Loss, Marked, Moment, Retention, Window};
+use hubcast::history_view::Gap;
 
 use crate::continuity_model::{Knobs, Via};
 
@@ -80,7 +81,7 @@ pub struct Connection {
 pub enum Item {
     Subscribed { cursor: Cursor, recovered: bool, via: Via, is_visible: bool },
     Event(Cursor, Via),
-    Gap,
+    Gap(Gap),
 }
 
 pub enum Request {
@@ -118,6 +119,7 @@ pub enum Happening {
     Cut { instance: usize, link: Link, node: usize },
     End { node: usize },
     Resume { ticket: Ticket },
+    Fenced { ticket: Ticket },
     Publish { channel: usize },
     Tick { instance: usize },
 }
@@ -286,6 +288,11 @@ impl World {
             Happening::Resume { ticket } => {
                 if self.is_ours(ticket) {
                     self.with(ticket.instance, ticket.channel, |slot, out| slot.follow.resume(out));
+                }
+            }
+            Happening::Fenced { ticket } => {
+                if self.is_ours(ticket) {
+                    self.with(ticket.instance, ticket.channel, |slot, out| slot.follow.fenced(out));
                 }
             }
             Happening::Publish { channel } => self.publish(channel),

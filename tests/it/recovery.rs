@@ -131,7 +131,9 @@ async fn what_is_trimmed_before_the_repair_is_a_told_gap() {
     let missed = published(&here, 1..41).await;
     proxy.heal().await;
     let gap = client.json().await;
-    assert_eq!(gap, json!({"type": "gap", "channel": CHANNEL, "after": first[0].0, "reason": "trimmed"}));
+    let (after, next) = (&first[0].0, &missed[20].0);
+    let expected = json!({"type": "gap", "channel": CHANNEL, "after": after, "next": next, "reason": "trimmed"});
+    assert_eq!(gap, expected);
     expect_all(&mut client, &missed[20..]).await;
 }
 
@@ -262,6 +264,48 @@ async fn a_frozen_redis_leaves_an_unknown_outcome_and_no_duplicate() {
     expect_all(&mut client, &cursors).await;
     let last = publish_when_it_can(&gateway, 9).await;
     client.expect(&event(&last, 9)).await;
+}
+
+/// Whoever had received what is lost has gone, and so has his instance's subscription: it still knows, and tells the others.
+#[tokio::test]
+async fn a_loss_after_the_last_one_left_is_a_mark_for_those_who_come_back_elsewhere() {
+    let mut durable = durable(&[]).await;
+    let (here, there) = (instance(&durable.redis.url()).await, instance(&durable.redis.url()).await);
+    let (mut client, _) = subscribe(&there, CHANNEL, None).await;
+    let kept = published(&here, 0..3).await;
+    durable.redis.command(&["SAVE"]).await;
+    let lost = published(&here, 3..6).await;
+    expect_all(&mut client, &[&kept[..], &lost].concat()).await;
+    drop(client);
+    eventually("the channel to be left", async || (durable.redis.numsub("hub:h:1").await == 0).then_some(())).await;
+
+    durable.redis.kill();
+    durable.redis.restart().await;
+    await_metric(&there, "hubcast_history_breaks_total", 1.0).await;
+    let next = publish_when_it_can(&here, 6).await;
+    let (mut early, subscribed) = subscribe(&here, CHANNEL, Some(&kept[2].0)).await;
+    assert_eq!(subscribed["recovered"], true);
+    let gap = json!({"type": "gap", "channel": CHANNEL, "after": kept[2].0, "next": next, "reason": "upstream"});
+    early.expect(&gap).await;
+    early.expect(&event(&next, 6)).await;
+}
+
+/// The answer to an UNSUBSCRIBE is still on its way: Redis sends nothing more, so whoever comes is not told that it does.
+#[tokio::test]
+async fn nobody_is_let_in_while_the_channel_is_given_up() {
+    let redis = Redis::start().await;
+    let proxy = Proxy::start(redis.addr()).await;
+    let gateway = gateway_with(&[RULES, ("HUBCAST_REDIS_URL", &format!("redis://{}/", proxy.addr()))], |_| {});
+    ready(&gateway).await;
+    let (client, _) = subscribe(&gateway, CHANNEL, None).await;
+    drop(client);
+    proxy.delay(Duration::from_millis(500));
+    eventually("redis to take the UNSUBSCRIBE", async || (redis.numsub("hub:h:1").await == 0).then_some(())).await;
+    proxy.delay(Duration::ZERO);
+    let (mut client, _) = subscribe(&gateway, CHANNEL, None).await;
+    // Past the history: nothing but the subscription brings it.
+    redis.command(&["PUBLISH", "hub:h:1", "9"]).await;
+    client.expect(&json!({"type": "event", "channel": CHANNEL, "data": 9})).await;
 }
 
 /// Nobody was in the channel for a while: what came meanwhile is known when somebody comes back.
