@@ -175,8 +175,8 @@ async fn a_wall_clock_that_jumps_closes_nobody() {
     let distinct: std::collections::BTreeSet<_> = cursors.iter().collect();
     assert_eq!(distinct.len(), cursors.len());
     let mut resumed = subscribed(3600, Some(&first)).await;
-    for n in 1..cursors.len() {
-        assert_eq!(resumed.json().await["cursor"], cursors[n].as_str());
+    for cursor in &cursors[1..] {
+        assert_eq!(resumed.json().await["cursor"], cursor.as_str());
     }
     drop(expires);
     for (reason, count) in [("token_expired", 1.0), ("timeout", 0.0), ("slow_consumer", 0.0), ("auth_timeout", 0.0)] {
