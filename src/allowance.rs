@@ -10,8 +10,8 @@ use crate::meter::{Meter, Rate, Verdict};
 use crate::metrics::Limited;
 use crate::protocol::{Command, ErrorCode, Refusal, Wanted};
 
-/// A token, a recovery and a question about the past or presence count as so many commands: that is what they take. A
-/// page with 128 channels comes back in one go all the same, with a cursor and a token for each.
+/// A token, a recovery and a question about the past count as so many commands: that is what they take. A page with
+/// 128 channels comes back in one go all the same, with a cursor and a token for each.
 const COSTLY_COMMANDS: usize = 50;
 
 /// What each connection may do.
@@ -73,7 +73,7 @@ impl Allowance {
                 let count = targets.len() + targets.iter().flatten().map(costly).sum::<usize>() * COSTLY_COMMANDS;
                 (&mut self.commands, &may.commands, count, Limited::Commands, "too many commands")
             }
-            Ok(Command::Auth { .. } | Command::History { .. } | Command::Presence { .. }) => {
+            Ok(Command::Auth { .. } | Command::History { .. }) => {
                 (&mut self.commands, &may.commands, COSTLY_COMMANDS, Limited::Commands, "too many commands")
             }
             _ => (&mut self.commands, &may.commands, 1, Limited::Commands, "too many commands"),

@@ -279,7 +279,7 @@ impl Place {
 pub fn is_refused(error: &RedisError) -> bool {
     let nothing_ran =
         ["NOSCRIPT", "MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "LOADING", "BUSY", "MASTERDOWN", "BADARG"];
-    let nothing_is_written = ["READONLY", "OOM", "MISCONF", "NOREPLICAS"];
+    let nothing_is_written = ["READONLY", "OOM", "MISCONF", "NOREPLICAS", "WRONGTYPE"];
     error.code().is_some_and(|code| nothing_ran.contains(&code) || nothing_is_written.contains(&code))
 }
 

@@ -173,7 +173,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "HUBCAST_COMMANDS_PER_SECOND",
         "10000",
-        "Commands of one connection, but publishes; twice as many at once. Tokens, recoveries, history and presence count as 50. More are answered rate_limited; who goes on is closed with 1008. Far above what a page needs, far below what a core can do. 0: no limit.",
+        "Commands of one connection, but publishes; twice as many at once. Tokens, recoveries and history count as 50. More are answered rate_limited; who goes on is closed with 1008. Far above what a page needs, far below what a core can do. 0: no limit.",
     ),
     variable(
         "HUBCAST_PUBLISHES_PER_SECOND",

@@ -342,7 +342,8 @@ async fn garbage_at_redis_harms_nobody() {
         redis.command(&["SET", key, "garbage"]).await;
     }
     let status = http(&target, "POST /api/publish/h:2", "", b"2").await.status;
-    assert_eq!(status, 503, "nothing was published");
+    // The script fails on it: whether before or after it appended is not to be seen from outside.
+    assert!(matches!(status, 503 | 504), "{status}");
     client.send(&json!({"type": "subscribe", "channel": "h:2", "after": "1-1"})).await;
     client.send(&json!({"type": "ping"})).await;
     loop {
@@ -352,7 +353,7 @@ async fn garbage_at_redis_harms_nobody() {
             break;
         }
     }
-    observe::threat(58, "a stream of the wrong type: publish 503, never recovered:true");
+    observe::threat(58, "a stream of the wrong type: publish 503 or 504, never recovered:true");
     drop(client);
     await_metric(&target, "hubcast_connections", 1.0).await;
     for key in &keys {
