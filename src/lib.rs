@@ -48,7 +48,7 @@
 //! 1. Hub, channel, outbox, protocol, event and websocket do no I/O; hub and protocol never await.
 //! 2. After the upgrade a socket is written only by whoever holds its outbox's write right
 //!    (TLS records that it holds back are `socket`'s); only
-//!    `multiplexer`, `publisher`, `inbox`, `registry`, `registry_writer`, `commands`, `presence_redis` (through it `presence_writer`),
+//!    `multiplexer`, `listening`, `publisher`, `inbox`, `registry`, `registry_writer`, `commands`, `presence_redis` (through it `presence_writer`),
 //!    `revocation`, `history_redis` (through it `repair` and `history_reader`), `replication` and the `redis_*` modules know Redis; only `config` reads the environment.
 //! 3. Every queue has a bound and a named policy when full.
 //! 4. A publication is encoded once per wire format, however many subscribers it has.
@@ -139,6 +139,7 @@ pub mod commands;
 pub mod control;
 pub mod fence;
 pub mod inbox;
+pub(crate) mod listening;
 pub mod multiplexer;
 pub mod publisher;
 pub mod redis_cluster;

@@ -1,18 +1,14 @@
 //! The one connection that listens to a Redis server, for all its channels.
 //!
-//! Level-triggered: the hub's channels are what is wanted, Redis' confirmations what is there, and
-//! each turn of the loop reconciles the two in batches. Lost links, races between last leave and
-//! first join, and the first start are one code path. Whoever subscribes is told so only after the
-//! confirmation; after a loss, whoever stayed is told a gap.
+//! Each turn of its loop delivers what has arrived and has `listening.rs` reconcile the subscriptions with what the
+//! hub wants. Lost links, races between last leave and first join, and the first start are one code path. Whoever
+//! subscribes is told so only after the confirmation; after a loss, whoever stayed is told a gap.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use redis::AsyncConnectionConfig;
 use redis::aio::MultiplexedConnection;
-use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -24,28 +20,16 @@ use crate::connection::Connection;
 use crate::control::{self, Control, Probe, Probing};
 use crate::fanout::Fanout;
 use crate::inbox::{Arrival, Inbox};
+use crate::listening::Listening;
 use crate::metrics::{Drop as DropReason, Link};
-use crate::redis_link::{self, Backoff, Endpoint, is_about_slots};
+use crate::redis_link::{self, Backoff, Endpoint};
 use crate::servers::Servers;
-use crate::upstream::Step;
-
-/// Channel names of one SUBSCRIBE or UNSUBSCRIBE.
-const BATCH_NAMES: usize = 512;
-
-/// Commands that may be outstanding.
-const COMMANDS_MAX: usize = 64;
 
 /// A command that is not answered for this long means that the link is dead.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A channel that Redis refuses (a missing permission) is tried again after this (µs).
-const REFUSED_RETRY_US: u64 = 5_000_000;
-
 /// A link that held this long was good: the next pause starts small again.
 const STABLE_TIME: Duration = Duration::from_secs(5);
-
-/// A cluster that did not take a SSUBSCRIBE is asked again after this (µs): a slot is moving, or its node failed.
-const MOVED_RETRY_US: u64 = 100_000;
 
 /// When every instance has followed to a new primary: sentinels tell each other within 2 s, and are asked each second.
 const FOLLOW_TIME: Duration = Duration::from_secs(5);
@@ -160,42 +144,27 @@ async fn connect(
 
 /// One connection's time.
 struct Turn<'a> {
-    connection: MultiplexedConnection,
     inbox: Arc<Inbox>,
     context: &'a Context,
     broker: &'a Arc<Broker>,
     server: usize,
-    is_reconnect: bool,
-    /// SUBSCRIBEs and UNSUBSCRIBEs whose answer is awaited.
-    commands: JoinSet<Answered>,
-    /// Batches that wait until fewer commands are outstanding, and whether they are to be subscribed.
-    waiting: VecDeque<(Vec<HubChannel>, bool)>,
-    /// Channels to look at again, and when (µs), earliest first: they linger, or were refused.
-    later: VecDeque<(u64, HubChannel)>,
+    listening: Listening<'a>,
     probe: Probe,
     /// When the other instances have followed to this server, too.
     followed: Option<Instant>,
-}
-
-/// An answered command.
-struct Answered {
-    is_subscribe: bool,
-    channels: Vec<HubChannel>,
-    answer: redis::RedisResult<()>,
 }
 
 impl<'a> Turn<'a> {
     fn new(connection: MultiplexedConnection, inbox: Arc<Inbox>, context: &'a Context, is_reconnect: bool) -> Self {
         let (broker, server) = (&context.broker, context.settings.server);
         let probe = Probe::new(server, context.settings.probe_interval);
-        let (commands, waiting, later) = (JoinSet::new(), VecDeque::new(), VecDeque::new());
-        let followed = None;
-        Self { connection, inbox, context, broker, server, is_reconnect, commands, waiting, later, probe, followed }
+        let listening = Listening::new(connection, broker, &context.servers.topology, server, is_reconnect);
+        Self { inbox, context, broker, server, listening, probe, followed: None }
     }
 
     /// Serves until the link is lost; returns why.
     async fn serve(&mut self, endpoint: &mut Endpoint) -> &'static str {
-        let broker = self.broker;
+        let (broker, control) = (self.broker, self.context.control[1].as_str());
         let fences = self.context.servers.fence(self.server);
         let inbox = Arc::clone(&self.inbox);
         broker.hub.list_all(self.server);
@@ -204,10 +173,10 @@ impl<'a> Turn<'a> {
             if let Some(why) = self.inbox.lost() {
                 return why;
             }
-            self.reconcile();
+            self.listening.reconcile();
             self.miss_stragglers().await;
             match self.probe.due() {
-                Probing::Send(payload) => self.send_control(&payload),
+                Probing::Send(payload) => self.listening.publish(control, &payload),
                 Probing::Rest => {}
                 Probing::Dead => return "a probe did not come back",
             }
@@ -216,56 +185,16 @@ impl<'a> Turn<'a> {
                 () = inbox.arrived() => {}
                 () = broker.hub.changed(self.server) => {}
                 () = tokio::time::sleep_until(due) => {}
-                fence = fences.asked() => self.send_control(&control::fence(self.server, fence)),
+                fence = fences.asked() => self.listening.publish(control, &control::fence(self.server, fence)),
                 () = endpoint.moved() => return "the server is another one now",
-                Some(Ok(answered)) = self.commands.join_next() => {
+                answered = self.listening.next_answer() => {
                     // What arrived before the answer tells what it means.
                     self.take_arrivals().await;
-                    if let Some(why) = self.answered(answered, endpoint) {
+                    if let Some(why) = self.listening.answered(answered, endpoint) {
                         return why;
                     }
-                    self.send_waiting();
                 }
             }
-        }
-    }
-
-    /// Acts on an answer; returns why the link is to be given up, if it is.
-    fn answered(&mut self, answered: Answered, endpoint: &Endpoint) -> Option<&'static str> {
-        let Answered { is_subscribe, channels, answer } = answered;
-        match answer {
-            Ok(()) => {}
-            Err(error) if is_about_slots(&error) => {}
-            Err(error) if is_subscribe && !error.is_unrecoverable_error() && !error.is_timeout() => {
-                self.refused(channels, &error);
-                return None;
-            }
-            Err(error) => {
-                warn!(server = self.server, %error, channels = channels.len(), "redis did not carry out a command");
-                return Some("a command was not carried out");
-            }
-        }
-        if self.context.servers.topology.is_cluster() {
-            self.retry_unconfirmed(is_subscribe, channels, endpoint);
-        }
-        None
-    }
-
-    /// Every confirmation comes before the answer to the whole. Who has none is on another node by now, or on none.
-    fn retry_unconfirmed(&mut self, is_subscribe: bool, channels: Vec<HubChannel>, endpoint: &Endpoint) {
-        for channel in channels {
-            let is_unconfirmed = match is_subscribe {
-                true => channel.is_subscribing_at(self.server),
-                false => channel.keep_at(self.server),
-            };
-            if !is_unconfirmed {
-                continue;
-            }
-            if is_subscribe {
-                self.broker.hub.refuse_upstream(&channel);
-            }
-            self.look_again(clock::now_us() + MOVED_RETRY_US, channel);
-            endpoint.doubt();
         }
     }
 
@@ -349,106 +278,6 @@ impl<'a> Turn<'a> {
         self.channel(redis_channel).filter(|channel| channel.upstream_server() == Some(self.server))
     }
 
-    /// Sends what brings Redis' subscriptions to the hub's channels.
-    fn reconcile(&mut self) {
-        let now_us = clock::now_us();
-        let mut changed = self.broker.hub.take_changed(self.server);
-        while self.later.front().is_some_and(|(at_us, _)| *at_us <= now_us) {
-            changed.extend(self.later.pop_front().map(|(_, channel)| channel));
-            changed.last().inspect(|channel| channel.is_awaited.store(false, Ordering::Release));
-        }
-        let (mut subscribe, mut unsubscribe) = (Vec::new(), Vec::new());
-        for channel in changed {
-            if self.broker.hub.pass_on(&channel, self.server) {
-                continue;
-            }
-            match channel.reconcile(self.server, now_us) {
-                Step::Rest => {}
-                Step::Subscribe => subscribe.push(channel),
-                Step::Unsubscribe => unsubscribe.push(channel),
-                Step::LookAgainAt(at_us) => self.look_again(at_us, channel),
-                Step::Forget => self.broker.hub.forget(&channel),
-            }
-        }
-        if self.is_reconnect {
-            self.broker.shared.metrics.resubscribes.inc_by(subscribe.len() as u64);
-            self.is_reconnect = subscribe.is_empty();
-        }
-        for batch in subscribe.chunks(BATCH_NAMES) {
-            self.send(batch, true);
-        }
-        for batch in unsubscribe.chunks(BATCH_NAMES) {
-            self.send(batch, false);
-        }
-    }
-
-    /// Looks at the channel once more; one that is looked at later anyhow has its turn then.
-    fn look_again(&mut self, at_us: u64, channel: HubChannel) {
-        if channel.is_awaited.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        let at = self.later.partition_point(|(other_us, _)| *other_us <= at_us);
-        self.later.insert(at, (at_us, channel));
-    }
-
-    /// Has a batch sent when it is its turn: what is outstanding fits into the inbox as confirmations.
-    fn send(&mut self, batch: &[HubChannel], is_subscribe: bool) {
-        self.waiting.push_back((batch.to_vec(), is_subscribe));
-        self.send_waiting();
-    }
-
-    fn send_waiting(&mut self) {
-        while self.commands.len() < COMMANDS_MAX
-            && let Some((channels, is_subscribe)) = self.waiting.pop_front()
-        {
-            self.send_batch(channels, is_subscribe);
-        }
-    }
-
-    /// Sends one batch; the confirmations arrive as pushes, in order with the messages.
-    fn send_batch(&mut self, channels: Vec<HubChannel>, is_subscribe: bool) {
-        let topology = &self.context.servers.topology;
-        let names: Vec<_> = channels.iter().map(|channel| topology.redis_channel(channel.name())).collect();
-        let is_cluster = topology.is_cluster();
-        let mut connection = self.connection.clone();
-        self.commands.spawn(async move {
-            let answer = match (is_cluster, is_subscribe) {
-                (true, _) => {
-                    each(&mut connection, if is_subscribe { "SSUBSCRIBE" } else { "SUNSUBSCRIBE" }, &names).await
-                }
-                (false, true) => connection.subscribe(&names).await,
-                (false, false) => connection.unsubscribe(&names).await,
-            };
-            Answered { is_subscribe, channels, answer }
-        });
-    }
-
-    /// Redis refused a SUBSCRIBE. In a batch one name may spoil it for the rest: each is tried alone.
-    fn refused(&mut self, mut channels: Vec<HubChannel>, error: &redis::RedisError) {
-        channels.retain(|channel| channel.is_subscribing_at(self.server));
-        if let [channel] = channels.as_slice() {
-            warn!(%error, channel = channel.name(), "redis refuses the channel, its subscribers wait");
-            self.broker.hub.refuse_upstream(channel);
-            self.look_again(clock::now_us() + REFUSED_RETRY_US, Arc::clone(channel));
-            return;
-        }
-        for channel in channels {
-            self.send(&[channel], true);
-        }
-    }
-
-    /// Publishes to our own control channel.
-    fn send_control(&mut self, payload: &str) {
-        let mut connection = self.connection.clone();
-        let mut publish = redis::cmd("PUBLISH");
-        publish.arg(&self.context.control[1]).arg(payload);
-        self.commands.spawn(async move {
-            // An unsolicited `sunsubscribe` may be taken for the answer, so what it says does not count.
-            let answer = publish.query_async::<redis::Value>(&mut connection).await.map(drop);
-            Answered { is_subscribe: false, channels: Vec::new(), answer }
-        });
-    }
-
     /// An envelope arrived, or a probe or a fence came back.
     fn control(&mut self, payload: &[u8]) {
         match control::read(payload) {
@@ -466,35 +295,14 @@ impl<'a> Turn<'a> {
     }
 
     fn next_due(&self) -> Instant {
-        let later = self
-            .later
-            .front()
-            .map(|(at_us, _)| Instant::now() + Duration::from_micros(at_us.saturating_sub(clock::now_us())));
-        [later, self.followed].into_iter().flatten().fold(self.probe.next(), Instant::min)
+        [self.listening.next_due(), self.followed].into_iter().flatten().fold(self.probe.next(), Instant::min)
     }
 
     /// Delivers what had arrived before the loss, then marks every channel so that the next turn wants it back.
     async fn lose(&mut self) {
-        self.commands.abort_all();
+        self.listening.abort();
         self.take_arrivals().await;
         self.broker.hub.lose_upstream(self.server);
-        for (_, channel) in self.later.drain(..) {
-            channel.is_awaited.store(false, Ordering::Release);
-            // It may belong to another server by now.
-            self.broker.hub.list(&channel);
-        }
+        self.listening.lose();
     }
-}
-
-/// One command each, in one write: in a cluster, channels of one node may be in different slots. Fails with the
-/// first refusal that is not about slots.
-async fn each(connection: &mut MultiplexedConnection, command: &str, names: &[String]) -> redis::RedisResult<()> {
-    let mut pipeline = redis::pipe();
-    pipeline.ignore_errors();
-    for name in names {
-        pipeline.cmd(command).arg(name);
-    }
-    let answers: Vec<redis::RedisResult<redis::Value>> = pipeline.query_async(connection).await?;
-    let refusal = answers.into_iter().filter_map(Result::err).find(|error| !is_about_slots(error));
-    refusal.map_or(Ok(()), Err)
 }
