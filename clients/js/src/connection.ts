@@ -35,7 +35,13 @@ export class Connection {
     private readonly owner: ConnectionOwner,
   ) {
     this.#requests = new Requests(settings.clock);
-    this.#socket = new settings.WebSocket(url.href, SUBPROTOCOL);
+    try {
+      this.#socket = new settings.WebSocket(url.href, SUBPROTOCOL);
+    } catch (error) {
+      // Platforms name the whole URL that they do not take, and a token may be in it: errors are logged.
+      const why = error instanceof Error ? error.message : String(error);
+      throw new Error(url.search === "" ? why : why.replaceAll(url.search, ""));
+    }
     this.#socket.onmessage = (event: { data: unknown }) => this.#received(event.data);
     this.#socket.onerror = (event: { message?: string }) => this.#erred(event.message);
     this.#socket.onclose = (event: Close) => this.#ended({ code: event.code, reason: event.reason });

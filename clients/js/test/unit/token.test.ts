@@ -2,8 +2,9 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
+import { inspect } from "node:util";
 import type { Options } from "../../src/index.js";
-import { settled, World } from "./fake.js";
+import { FakeSocket, settled, World } from "./fake.js";
 
 const HOUR_MS = 3_600_000;
 
@@ -43,6 +44,22 @@ test("getToken that fails is tried again, one that has none gives up", async () 
     retryInMs: null,
   });
   assert.equal(world.sockets.length, 0);
+});
+
+test("what a platform says of a URL that it does not take tells no token", async () => {
+  class Refusing extends FakeSocket {
+    constructor(url: string, protocol: string) {
+      super(url, protocol);
+      throw new SyntaxError(`the URL '${url}' is not allowed here`);
+    }
+  }
+  const world = new World({ getToken: () => "canary", user: "alice", WebSocket: Refusing });
+  world.client.connect();
+  await settled();
+  const [error] = world.errors;
+  assert.equal(error?.message, "cannot connect: the URL 'ws://test/ws' is not allowed here");
+  // As the console shows it, with what caused it.
+  assert.doesNotMatch(inspect(error), /canary/);
 });
 
 test("a token in the auth command: nothing else before its answer", async () => {
