@@ -9,6 +9,7 @@ use crate::admin::{self, Ask, Target};
 use crate::answer::{Answer, ApiError, bad_json, json_response};
 use crate::api::{Api, told};
 use crate::authenticator::unix_s;
+use crate::close;
 use crate::cluster::Answers;
 use crate::connection::Connection;
 use crate::protocol::{self, ErrorCode, Refusal};
@@ -18,7 +19,7 @@ impl Api {
     pub(crate) async fn disconnect(&self, request: Request<Incoming>) -> Answer {
         let body = self.body(request, self.broker.publish_bytes_max).await?;
         let wanted: Disconnect = serde_json::from_slice(&body).map_err(|error| bad_json(&error))?;
-        let code = wanted.code.unwrap_or(1008);
+        let code = wanted.code.unwrap_or(close::DISCONNECTED);
         if !matches!(code, 1000 | 1001 | 1008 | 1011..=1013 | 3000..=4999) {
             return Err(ErrorCode::BadRequest.with("code is 1000, 1001, 1008, 1011 to 1013 or 3000 to 4999"));
         }

@@ -42,7 +42,7 @@ pub enum CloseReason {
     Revoked,
     /// It did not authenticate in time.
     AuthTimeout,
-    /// The API asked for it (`POST /api/disconnect`).
+    /// The API asked for it: `POST /api/disconnect`, or `/api/unsubscribe` in raw mode.
     Disconnected {
         /// The close code to send.
         code: u16,
@@ -50,6 +50,9 @@ pub enum CloseReason {
         reason: Box<str>,
     },
 }
+
+/// The code of [`CloseReason::Disconnected`] where the backend says none: forbidden, so that clients stay away.
+pub const DISCONNECTED: u16 = 3003;
 
 impl CloseReason {
     /// Every label that [`CloseReason::label`] can return, for metrics that start at zero.

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use crate::allowance::Excess;
 use crate::asker::Asker;
 use crate::channel::Wish;
-use crate::close::CloseReason;
+use crate::close::{self, CloseReason};
 use crate::connection::Connection;
 use crate::event;
 use crate::fanout::Fanout;
@@ -163,7 +163,7 @@ impl Session {
             } else {
                 // Its one subscription is all that a raw connection is for.
                 let reason = "unsubscribed by the backend".into();
-                self.connection.close(CloseReason::Disconnected { code: 1008, reason });
+                self.connection.close(CloseReason::Disconnected { code: close::DISCONNECTED, reason });
             }
         }
         self.note_subscriptions();

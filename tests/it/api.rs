@@ -183,8 +183,8 @@ async fn the_backend_disconnects_one_connection_or_a_whole_channel() {
     assert_eq!(three.close_frame().await, (4000, "banned".to_owned()));
     let answer = http(&gateway, "POST /api/disconnect", "", br#"{"channel":"a"}"#).await;
     assert_eq!(answer.json(), json!({"disconnected": 2}));
-    assert_eq!(one.close_frame().await.0, 1008);
-    assert_eq!(two.close_frame().await.0, 1008);
+    assert_eq!(one.close_frame().await.0, 3003);
+    assert_eq!(two.close_frame().await.0, 3003);
     for mut client in [one, two, three] {
         client.finish().await;
     }

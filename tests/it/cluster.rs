@@ -89,13 +89,13 @@ async fn the_backend_disconnects_wherever_the_connection_lives() {
     let body = json!({"user": "bob"});
     assert_eq!(post(&gateways[1], "/api/disconnect", &body).await, (200, json!({"disconnected": 3})));
     for (bob, _) in &mut bobs {
-        assert_eq!(bob.close_frame().await.0, 1008);
+        assert_eq!(bob.close_frame().await.0, 3003);
     }
     let mut others = join_all(gateways.iter().map(|gateway| user(gateway, "dave", "d"))).await;
     let body = json!({"channel": "d"});
     assert_eq!(post(&gateways[0], "/api/disconnect", &body).await, (200, json!({"disconnected": 3})));
     for (other, _) in &mut others {
-        assert_eq!(other.close_frame().await.0, 1008);
+        assert_eq!(other.close_frame().await.0, 3003);
     }
     let nobody = format!("{}-999999999", gateways[1].broker().shared.instance_id);
     for (body, status) in [
@@ -126,7 +126,7 @@ async fn the_backend_ends_subscriptions_wherever_they_are() {
     for (alice, _) in &mut alices {
         alice.expect(&ended).await;
     }
-    assert_eq!(raw.close_frame().await.0, 1008);
+    assert_eq!(raw.close_frame().await.0, 3003);
     raw.finish().await;
     assert_eq!(post(&gateways[0], "/api/publish", &json!({"channel": "c", "data": 1})).await.0, 200);
     bob.expect(&json!({"type": "event", "channel": "c", "data": 1})).await;

@@ -119,7 +119,7 @@ async fn who_leaves_in_the_window_gets_what_was_published_before() {
     let body = json!({"channel": "d"}).to_string();
     assert_eq!(http(&gateway, "POST /api/disconnect", "", body.as_bytes()).await.status, 200);
     other.expect(&json!({"type": "event", "channel": "d", "data": 2})).await;
-    assert_eq!(other.close_frame().await.0, 1008);
+    assert_eq!(other.close_frame().await.0, 3003);
 }
 
 #[tokio::test(flavor = "multi_thread")]

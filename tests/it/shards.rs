@@ -84,7 +84,7 @@ async fn channels_are_spread_over_the_nodes_and_backends_publish_by_the_partitio
     .await;
     let answer = http(&gateways[0], "POST /api/disconnect", "", body.as_bytes()).await;
     assert_eq!(answer.json(), json!({"disconnected": 1}));
-    assert_eq!(bob.close_frame().await.0, 1008);
+    assert_eq!(bob.close_frame().await.0, 3003);
     drop(readers);
     for channel in 0..CHANNELS {
         eventually("nobody to be subscribed", async || {

@@ -20,10 +20,9 @@ const SLOW_CONSUMER = 4101;
 /**
  * Whether a client comes back after this code, as long as `shouldReconnect` says nothing else.
  *
- * What somebody decided is final: 1000, and 3000 to 4999 (3000 unauthorized, 3003 forbidden, and what the backend
- * chose for `POST /api/disconnect`). The exceptions are 3008 (nothing arrived in time) and 4101 (slow consumer).
- * Whatever else happened will pass, also 1008 (it did too much of something), whoever it comes from: a backend that
- * wants to keep a client out says so by another code.
+ * What somebody decided is final: 1000, and 3000 to 4999 (3000 unauthorized, 3003 forbidden, which is also what
+ * `POST /api/disconnect` says by default, and what the backend chose for it). The exceptions are 3008 (nothing arrived
+ * in time) and 4101 (slow consumer). Whatever else happened will pass, also 1008 (it did too much of something).
  */
 export function comesBack(code: number): boolean {
   if (code === TIMEOUT || code === SLOW_CONSUMER) return true;

@@ -32,6 +32,13 @@ for (const [name, WebSocket] of WEBSOCKETS) {
     closed = becomes(hubcast, "closed");
     await gateway.post("disconnect", { user: "alice", code: 4007, reason: "banned" });
     assert.deepEqual(await closed, { state: "closed", code: 4007, reason: "banned", retryInMs: null });
+    const open = becomes(hubcast, "open");
+    hubcast.connect();
+    await open;
+    closed = becomes(hubcast, "closed");
+    await gateway.post("disconnect", { user: "alice" });
+    const byDefault = { state: "closed", code: 3003, reason: "disconnected by the backend", retryInMs: null };
+    assert.deepEqual(await closed, byDefault);
   });
 }
 
