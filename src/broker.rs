@@ -192,6 +192,16 @@ impl Broker {
         Ok(Publishing::Sent(outcome))
     }
 
+    /// Has a fan-out flushed, and waits where the server is late, but for no reader: whoever serves many channels does so.
+    pub async fn flush(&self, fanout: &mut Fanout<Arc<Connection>>) {
+        let late = self.shared.submit(fanout);
+        if !late.is_empty() {
+            self.shared.lanes.written(late).await;
+        }
+        // A long batch gives others their turn.
+        tokio::task::consume_budget().await;
+    }
+
     /// Has a fan-out flushed, and waits for subscribers that are late.
     pub async fn settle(&self, fanout: &mut Fanout<Arc<Connection>>) {
         let late = self.shared.submit(fanout);

@@ -183,6 +183,11 @@ impl<S: Subscriber> Channel<S> {
         Origin { channel: &self.name, slow: &self.nature.slow, before }
     }
 
+    /// Whether somebody who was late at the last delivery has no room yet: what comes now waits.
+    pub fn is_held_up(&self) -> bool {
+        self.state.lock().is_held_up()
+    }
+
     /// Pushes what was gathered to every member.
     pub fn deliver(&self, fanout: &mut Fanout<S>) {
         self.state.lock().deliver(self, fanout);
@@ -450,19 +455,29 @@ impl<S: Subscriber> State<S> {
 
     /// Whoever publishes has to wait for those that are still late.
     fn tell_late(&mut self, fanout: &mut Fanout<S>) {
+        if self.is_held_up() {
+            fanout.late.extend_from_slice(&self.late);
+        }
+    }
+
+    fn is_held_up(&mut self) -> bool {
         self.late.retain(|subscriber| !subscriber.has_room());
-        fanout.late.extend_from_slice(&self.late);
+        !self.late.is_empty()
     }
 
     /// Raw subscribers get payloads and nothing else: for them a gap is only counted.
-    fn tell_gap(&self, name: &str, gap: &Gap, fanout: &mut Fanout<S>) {
+    fn tell_gap(&mut self, name: &str, gap: &Gap, fanout: &mut Fanout<S>) {
         fanout.gaps += 1;
         self.tell(&event::gap(name, gap), fanout);
     }
 
-    fn tell(&self, frame: &Arc<Frame>, fanout: &mut Fanout<S>) {
+    fn tell(&mut self, frame: &Arc<Frame>, fanout: &mut Fanout<S>) {
+        let late = fanout.late.len();
         for member in self.members.iter().filter(|member| member.format() == Format::Json) {
             fanout.push(member, frame);
+        }
+        if self.late.is_empty() {
+            self.late = fanout.late[late..].to_vec();
         }
     }
 }

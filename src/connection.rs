@@ -332,6 +332,11 @@ impl Connection {
         }
     }
 
+    /// Whether its own socket holds it up.
+    pub(crate) fn is_refused(&self) -> bool {
+        self.outbox.phase() == Phase::Blocked
+    }
+
     fn poll_writable(&self, context: &mut TaskContext<'_>) -> Poll<()> {
         match self.outbox.phase() {
             Phase::Blocked => self.socket.tcp().poll_write_ready(context).map(drop),

@@ -19,6 +19,7 @@ use atomic_waker::AtomicWaker;
 use crossbeam_utils::CachePadded;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 
 use crate::channel::Channel;
 use crate::clock;
@@ -128,13 +129,30 @@ impl Lanes {
     /// Waits until every one of `late` has room again, or is closing.
     pub async fn room(&self, mut late: Vec<Arc<Connection>>) {
         loop {
-            let progress = self.progress.notified();
+            let progress = self.progress();
             late.retain(|connection| !connection.has_room());
             if late.is_empty() {
                 return;
             }
             progress.await;
         }
+    }
+
+    /// Waits until every one of `late` has room again, is closing, or is held up by its own socket.
+    pub async fn written(&self, mut late: Vec<Arc<Connection>>) {
+        loop {
+            let progress = self.progress();
+            late.retain(|connection| !connection.is_refused() && !connection.has_room());
+            if late.is_empty() {
+                return;
+            }
+            progress.await;
+        }
+    }
+
+    /// Waits until somebody who was late may have room.
+    pub fn progress(&self) -> Notified<'_> {
+        self.progress.notified()
     }
 
     /// Tells those who wait for room to look again.

@@ -7,6 +7,7 @@
 //! 4. `outbox` queues the frame and says who must be flushed;
 //! 5. `lanes` write each scheduled outbox at once (`writer`) to its `socket`.
 //!
+//! Where somebody has no room, what Redis brings for his channels waits in `parked`, and the link goes on.
 //! Where a socket refuses and its queue (`backlog`) is full, `eviction` decides what goes if the channels' rules
 //! (`slow_policy`) let something go, and `telling` knows how far the client was told. With a history it is `behind` then,
 //! and `channel_past` brings it up again.
@@ -141,6 +142,7 @@ pub mod fence;
 pub mod inbox;
 pub(crate) mod listening;
 pub mod multiplexer;
+pub mod parked;
 pub mod publisher;
 pub mod redis_cluster;
 pub mod redis_config;

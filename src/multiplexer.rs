@@ -3,7 +3,11 @@
 //! Each turn of its loop delivers what has arrived and has `listening.rs` reconcile the subscriptions with what the
 //! hub wants. Lost links, races between last leave and first join, and the first start are one code path. Whoever
 //! subscribes is told so only after the confirmation; after a loss, whoever stayed is told a gap.
+//!
+//! A reader that is behind holds up its own channels and nothing else: their messages are `parked.rs`'s until it has room.
+//! Only where the server itself is late does the link wait.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +26,7 @@ use crate::fanout::Fanout;
 use crate::inbox::{Arrival, Inbox};
 use crate::listening::Listening;
 use crate::metrics::{Drop as DropReason, Link};
+use crate::parked::{Parcel, Parked};
 use crate::redis_link::{self, Backoff, Endpoint};
 use crate::servers::Servers;
 
@@ -145,6 +150,8 @@ async fn connect(
 /// One connection's time.
 struct Turn<'a> {
     inbox: Arc<Inbox>,
+    /// What has arrived for channels whose readers are behind.
+    parked: Parked,
     context: &'a Context,
     broker: &'a Arc<Broker>,
     server: usize,
@@ -159,7 +166,7 @@ impl<'a> Turn<'a> {
         let (broker, server) = (&context.broker, context.settings.server);
         let probe = Probe::new(server, context.settings.probe_interval);
         let listening = Listening::new(connection, broker, &context.servers.topology, server, is_reconnect);
-        Self { inbox, context, broker, server, listening, probe, followed: None }
+        Self { inbox, parked: Parked::default(), context, broker, server, listening, probe, followed: None }
     }
 
     /// Serves until the link is lost; returns why.
@@ -169,6 +176,8 @@ impl<'a> Turn<'a> {
         let inbox = Arc::clone(&self.inbox);
         broker.hub.list_all(self.server);
         loop {
+            let mut progress = pin!(broker.shared.lanes.progress());
+            self.release().await;
             self.take_arrivals().await;
             if let Some(why) = self.inbox.lost() {
                 return why;
@@ -184,6 +193,7 @@ impl<'a> Turn<'a> {
             tokio::select! {
                 () = inbox.arrived() => {}
                 () = broker.hub.changed(self.server) => {}
+                () = &mut progress, if !self.parked.is_empty() => {}
                 () = tokio::time::sleep_until(due) => {}
                 fence = fences.asked() => self.listening.publish(control, &control::fence(self.server, fence)),
                 () = endpoint.moved() => return "the server is another one now",
@@ -198,26 +208,70 @@ impl<'a> Turn<'a> {
         }
     }
 
-    /// Delivers what has arrived, with one flush for all of it unless a subscriber is late.
+    /// Delivers what has arrived, with one flush for all of it unless somebody is late.
     async fn take_arrivals(&mut self) {
         let mut fanout = Fanout::default();
         for _ in 0..self.inbox.len() {
             let Some(arrival) = self.inbox.pop() else { break };
             self.take(arrival, &mut fanout);
-            if fanout.needs_pause() {
-                self.broker.deliver(&mut fanout);
-                self.broker.settle(&mut fanout).await;
-                tokio::task::yield_now().await;
+            self.pause_if_needed(&mut fanout).await;
+        }
+        self.broker.deliver(&mut fanout);
+        let dropped = self.inbox.take_dropped_count() + self.parked.take_dropped_count();
+        self.broker.shared.metrics.dropped(DropReason::RedisQueueFull, dropped);
+        for name in self.inbox.take_dropped() {
+            if let Some(channel) = self.channel(&name) {
+                self.miss(&channel, &name, &mut fanout);
+            }
+        }
+        self.broker.flush(&mut fanout).await;
+    }
+
+    /// Goes on with channels whose readers have room again.
+    async fn release(&mut self) {
+        let mut fanout = Fanout::default();
+        for name in self.parked.channels() {
+            while self.release_next(&name, &mut fanout) {
+                self.pause_if_needed(&mut fanout).await;
             }
         }
         self.broker.deliver(&mut fanout);
-        self.broker.shared.metrics.dropped(DropReason::RedisQueueFull, self.inbox.take_dropped_count());
-        for name in self.inbox.take_dropped() {
-            if let Some(channel) = self.channel(&name) {
-                channel.miss(&mut fanout);
-            }
+        self.broker.flush(&mut fanout).await;
+        self.pass_fence();
+    }
+
+    /// What was published before a fence is delivered once nothing waits any more.
+    fn pass_fence(&mut self) {
+        if let Some(number) = self.parked.take_fence() {
+            self.context.servers.fence(self.server).came_back(number);
         }
-        self.broker.settle(&mut fanout).await;
+    }
+
+    /// Delivers the next of what waits of a channel. False: it waits on, or there is no more.
+    fn release_next(&mut self, redis_channel: &[u8], fanout: &mut Fanout<Arc<Connection>>) -> bool {
+        let Some(channel) = self.channel(redis_channel) else {
+            // Nobody is in it any more.
+            self.parked.forget(redis_channel);
+            return false;
+        };
+        if channel.is_held_up() {
+            return false;
+        }
+        match self.parked.pop(redis_channel) {
+            Some(Parcel::Message(payload)) => self.deliver(&channel, payload, fanout),
+            Some(Parcel::Gap) => channel.miss(fanout),
+            None => return false,
+        }
+        true
+    }
+
+    /// Has others have their turn while somebody is late, or after much at once.
+    async fn pause_if_needed(&self, fanout: &mut Fanout<Arc<Connection>>) {
+        if fanout.needs_pause() {
+            self.broker.deliver(fanout);
+            self.broker.flush(fanout).await;
+            tokio::task::yield_now().await;
+        }
     }
 
     /// What others published at the old primary, before they followed, is missing here.
@@ -228,13 +282,14 @@ impl<'a> Turn<'a> {
         let mut fanout = Fanout::default();
         for channel in self.broker.hub.channels() {
             if channel.upstream_server() == Some(self.server) {
-                channel.miss(&mut fanout);
+                let name = self.context.servers.topology.redis_channel(channel.name());
+                self.miss(&channel, name.as_bytes(), &mut fanout);
             }
             if fanout.needs_pause() {
-                self.broker.settle(&mut fanout).await;
+                self.broker.flush(&mut fanout).await;
             }
         }
-        self.broker.settle(&mut fanout).await;
+        self.broker.flush(&mut fanout).await;
     }
 
     fn take(&mut self, arrival: Arrival, fanout: &mut Fanout<Arc<Connection>>) {
@@ -245,15 +300,17 @@ impl<'a> Turn<'a> {
                 self.control(&payload);
             }
             Arrival::Message { channel, payload, after_gap } => {
-                let Some(name) = self.context.servers.topology.channel_name(&channel) else { return };
-                let Some(hub_channel) = self.broker.hub.channel(name) else { return };
+                let Some(hub_channel) = self.channel(&channel) else { return };
+                if self.parked.holds(&channel) || hub_channel.is_held_up() {
+                    if after_gap {
+                        self.parked.miss(channel.clone());
+                    }
+                    return self.parked.push(channel, payload);
+                }
                 if after_gap {
                     hub_channel.miss(fanout);
                 }
-                if self.broker.tell_presence(name, &payload, fanout) {
-                    return;
-                }
-                self.broker.take(&hub_channel, &payload.into(), fanout);
+                self.deliver(&hub_channel, payload, fanout);
             }
             Arrival::Subscribed(name) => {
                 if let Some(channel) = self.own_channel(&name) {
@@ -261,6 +318,8 @@ impl<'a> Turn<'a> {
                 }
             }
             Arrival::Unsubscribed(name) => {
+                // Whoever is in the channel yet is told a gap when it is live again.
+                self.parked.forget(&name);
                 if let Some(channel) = self.own_channel(&name) {
                     self.broker.hub.confirm_unsubscribe(&channel);
                 }
@@ -268,7 +327,21 @@ impl<'a> Turn<'a> {
         }
     }
 
-    /// The channel that this server confirms something about.
+    /// Messages are missing behind what has arrived so far.
+    fn miss(&mut self, channel: &HubChannel, redis_channel: &[u8], fanout: &mut Fanout<Arc<Connection>>) {
+        match self.parked.holds(redis_channel) {
+            true => self.parked.miss(redis_channel.to_vec()),
+            false => channel.miss(fanout),
+        }
+    }
+
+    fn deliver(&self, channel: &HubChannel, payload: Vec<u8>, fanout: &mut Fanout<Arc<Connection>>) {
+        if !self.broker.tell_presence(channel.name(), &payload, fanout) {
+            self.broker.take(channel, &payload.into(), fanout);
+        }
+    }
+
+    /// The channel that this server says something about.
     fn channel(&self, redis_channel: &[u8]) -> Option<HubChannel> {
         self.broker.hub.channel(self.context.servers.topology.channel_name(redis_channel)?)
     }
@@ -284,7 +357,8 @@ impl<'a> Turn<'a> {
             Some(Control::Envelope) => self.broker.cluster.arrived(payload, &self.broker.shared.instance_id),
             // In a cluster, those of all nodes come back on each.
             Some(Control::Fence { server, number }) if server == self.server => {
-                self.context.servers.fence(server).came_back(number);
+                self.parked.keep_fence(number);
+                self.pass_fence();
             }
             Some(Control::Probe { server, sent_us }) if server == self.server => {
                 self.probe.came_back();
@@ -298,10 +372,13 @@ impl<'a> Turn<'a> {
         [self.listening.next_due(), self.followed].into_iter().flatten().fold(self.probe.next(), Instant::min)
     }
 
-    /// Delivers what had arrived before the loss, then marks every channel so that the next turn wants it back.
+    /// Delivers what had arrived before the loss, but for what would have to wait, then marks every channel so that the
+    /// next turn wants it back, and tells the gap.
     async fn lose(&mut self) {
         self.listening.abort();
         self.take_arrivals().await;
+        self.parked.channels().iter().for_each(|channel| self.parked.forget(channel));
+        self.broker.shared.metrics.dropped(DropReason::RedisQueueFull, self.parked.take_dropped_count());
         self.broker.hub.lose_upstream(self.server);
         self.listening.lose();
     }

@@ -94,7 +94,7 @@ pub async fn run(broker: Arc<Broker>, servers: Arc<Servers>, settings: Settings)
             }
         }
         broker.deliver(&mut fanout);
-        broker.settle(&mut fanout).await;
+        broker.flush(&mut fanout).await;
     }
 }
 

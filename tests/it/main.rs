@@ -47,6 +47,7 @@ mod machine;
 mod metrics;
 mod origin;
 mod outbox_model;
+mod parked;
 mod presence;
 mod presence_model;
 mod protocol;
