@@ -275,7 +275,9 @@ impl Place {
 }
 
 /// Whether the script that publishes has certainly done nothing: Redis did not run it, or refuses what it begins with.
-/// Any other error may come from its middle.
+/// Any other error may come from its middle. Keys of the wrong type are found before anything is written: by the `GET`s,
+/// or by the `XADD`. An error in a script has its own code since Redis 7; before that it is `ERR`, so not known to be one
+/// of these.
 pub fn is_refused(error: &RedisError) -> bool {
     let nothing_ran =
         ["NOSCRIPT", "MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "LOADING", "BUSY", "MASTERDOWN", "BADARG"];
