@@ -140,9 +140,14 @@ fn bytes_per_second(text: &str) -> Option<usize> {
     (bytes == 0 || bytes >= BYTES_MIN).then_some(bytes as usize)
 }
 
+/// How many channels may have a subscriber where nobody says it, on a machine with so much memory.
+pub fn channels_of(machine_bytes: usize) -> usize {
+    (machine_bytes / 4 / CHANNEL_BYTES).min(CHANNELS_MAX)
+}
+
 fn channels_max(text: &str) -> Option<usize> {
     match text {
-        "" => Some((machine_bytes() / 4 / CHANNEL_BYTES).min(CHANNELS_MAX)),
+        "" => Some(channels_of(machine_bytes())),
         text => count(text),
     }
 }

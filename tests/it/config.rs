@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use hubcast::config::Config;
+use hubcast::limits_config::channels_of;
 use hubcast::variables::VARIABLES;
 
 fn load(env: &[(&str, &str)]) -> Result<Config, String> {
@@ -179,6 +180,32 @@ fn an_open_internal_listener_must_be_said_explicitly() {
     assert!(load(&[open, ("HUBCAST_API_KEYS", "secret")]).is_ok());
     assert!(load(&[open, ("HUBCAST_INSECURE_INTERNAL", "true")]).is_ok());
     crate::observe::threat(25, "an internal listener off loopback without keys: the start is refused");
+}
+
+/// What nobody sets is as much as the machine can do.
+#[test]
+fn defaults_of_limits_follow_the_machine() {
+    let printed = |env: &[(&str, &str)], name: &str| {
+        let text = load(env).unwrap().print(2);
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('=')).map(str::to_owned);
+        value.unwrap_or_else(|| panic!("no {name} in {text}"))
+    };
+    let tls = [("HUBCAST_TLS_CERT", "tls.crt"), ("HUBCAST_TLS_KEY", "tls.key")];
+    for workers in [1, 8] {
+        let threads = ("HUBCAST_WORKER_THREADS", workers.to_string());
+        let threads = (threads.0, threads.1.as_str());
+        assert_eq!(printed(&[threads], "HUBCAST_HANDSHAKES_PER_SECOND"), (10_000 * workers).to_string());
+        let with_tls = [&[threads][..], &tls].concat();
+        assert_eq!(printed(&with_tls, "HUBCAST_HANDSHAKES_PER_SECOND"), (1_200 * workers).to_string());
+    }
+    // A quarter of the memory, where a channel takes 1 KiB.
+    for (memory, channels) in [(512 << 20, 131_072), (2 << 30, 524_288), (64 << 30, 1_000_000)] {
+        assert_eq!(channels_of(memory), channels);
+    }
+    // Half of the memory is for what waits: so it says how much there is.
+    let memory = load(&[]).unwrap().limits.memory_max * 2;
+    let channels: usize = printed(&[], "HUBCAST_CHANNELS_MAX").parse().unwrap();
+    assert!(channels_of(memory).abs_diff(channels) <= 1, "{channels} for {memory} bytes");
 }
 
 #[test]

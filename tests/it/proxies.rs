@@ -10,7 +10,7 @@ use crate::harness::{Client, HANDSHAKE, Raw, await_metric, gateway, http, publis
 
 const REFUSED: &str = r#"hubcast_connections_refused_total{reason="proxy_protocol"}"#;
 
-fn client(header: ForwardingHeader, peer: &str, lines: &[&str]) -> String {
+fn client(header: ForwardingHeader, peer: &str, lines: &[&[u8]]) -> String {
     let networks = ["10.0.0.0/8", "192.0.2.1/32", "2001:db8::/32"].map(|network| network.parse().unwrap());
     let other = match header {
         ForwardingHeader::XForwardedFor => ("forwarded", "for=198.51.100.66"),
@@ -18,7 +18,7 @@ fn client(header: ForwardingHeader, peer: &str, lines: &[&str]) -> String {
     };
     let mut headers = HeaderMap::new();
     for line in lines {
-        headers.append(HeaderName::from_static(header.as_str()), HeaderValue::from_str(line).unwrap());
+        headers.append(HeaderName::from_static(header.as_str()), HeaderValue::from_bytes(line).unwrap());
     }
     // The client's own.
     headers.insert(HeaderName::from_static(other.0), HeaderValue::from_static(other.1));
@@ -47,7 +47,16 @@ fn forwarding_headers_are_believed_from_the_right_and_only_of_listed_proxies() {
         ("10.1.1.1:5000", &["198.51.100.1, 999.1.1.1"], "10.1.1.1:5000"),
     ];
     for (peer, lines, expected) in cases {
-        assert_eq!(client(ForwardingHeader::XForwardedFor, peer, lines), expected, "{peer} {lines:?}");
+        let bytes: Vec<_> = lines.iter().map(|line| line.as_bytes()).collect();
+        assert_eq!(client(ForwardingHeader::XForwardedFor, peer, &bytes), expected, "{peer} {lines:?}");
+    }
+    // What the client wrote itself need not be text: what the proxy has put behind it counts all the same.
+    for (line, expected) in [
+        (&b"\xff\xfe, 198.51.100.1"[..], "198.51.100.1"),
+        (b"198.51.100.1, \xff", "10.1.1.1:5000"),
+        (b"\xc3\x28", "10.1.1.1:5000"),
+    ] {
+        assert_eq!(client(ForwardingHeader::XForwardedFor, "10.1.1.1:5000", &[line]), expected, "{line:?}");
     }
     let cases: [(&[&str], &str); 6] = [
         (&["for=198.51.100.1"], "198.51.100.1"),
@@ -58,7 +67,8 @@ fn forwarding_headers_are_believed_from_the_right_and_only_of_listed_proxies() {
         (&["by=198.51.100.1"], "10.1.1.1:5000"),
     ];
     for (lines, expected) in cases {
-        assert_eq!(client(ForwardingHeader::Forwarded, "10.1.1.1:5000", lines), expected, "{lines:?}");
+        let bytes: Vec<_> = lines.iter().map(|line| line.as_bytes()).collect();
+        assert_eq!(client(ForwardingHeader::Forwarded, "10.1.1.1:5000", &bytes), expected, "{lines:?}");
     }
 }
 

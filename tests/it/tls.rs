@@ -3,9 +3,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use hubcast::gateway::Gateway;
+use hubcast::socket::Socket;
+use hubcast::tls::{Tls, TlsPaths};
 use rcgen::{CertificateParams, KeyPair};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
@@ -20,7 +24,7 @@ use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 
-use crate::harness::{HANDSHAKE, Raw, await_metric, gateway, masked, metric, publish, soon};
+use crate::harness::{HANDSHAKE, Raw, await_metric, eventually, gateway, masked, metric, publish, soon};
 
 const FAILED: &str = r#"hubcast_reload_failed{file="certificate"}"#;
 const RELOADS: &str = r#"hubcast_reloads_total{file="certificate"}"#;
@@ -231,7 +235,7 @@ async fn a_slow_consumer_over_tls_is_told_so() {
     };
     let reading = async {
         let dropped = r#"hubcast_dropped_total{reason="slow_consumer"}"#;
-        crate::harness::eventually(dropped, async || (metric(&gateway, dropped).await > 0.0).then_some(())).await;
+        eventually(dropped, async || (metric(&gateway, dropped).await > 0.0).then_some(())).await;
         loop {
             match soon("the close frame", stalled.0.next()).await {
                 Some(Ok(Message::Close(Some(frame)))) => return (u16::from(frame.code), frame.reason.to_string()),
@@ -266,6 +270,51 @@ async fn records_that_nobody_takes_make_a_slow_consumer() {
     }
     await_metric(&gateway, closed, 1.0).await;
     await_metric(&gateway, "hubcast_connections", 0.0).await;
+}
+
+/// Records of one byte each are work out of proportion: one read of the session takes so many and no more, however
+/// many have come, so that others have their turn.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_read_takes_so_many_records_and_no_more() {
+    const BYTES: usize = 20_000;
+    // Sixteen reads of 4 KiB, and a record of one byte takes 23 of that.
+    const MOST: usize = 16 * 4096 / 22;
+    let pair = Pair::new();
+    let paths = TlsPaths { certificate: pair.certificate(), key: pair.key() };
+    let tls = Tls::load(&paths).unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let (server, _) = listener.accept().await.unwrap();
+    let config = trusting_all_versions(&pair.certificate());
+    let (client, server) = tokio::join!(secured_over(client, &config), tls.accept(server));
+    let (mut client, (tcp, session)) = (client.unwrap(), server.unwrap().into_inner());
+    let (socket, _) = Socket::tls(tcp, session, Bytes::new()).unwrap();
+    let sent = Arc::new(AtomicUsize::new(0));
+    let sending = tokio::spawn({
+        let sent = Arc::clone(&sent);
+        async move {
+            for _ in 0..BYTES {
+                client.write_all(b"x").await.unwrap();
+                client.flush().await.unwrap();
+                sent.fetch_add(1, Ordering::Relaxed);
+            }
+            client
+        }
+    });
+    let (mut buffer, mut taken, mut most) = (vec![0; 64 << 10], 0, 0);
+    eventually("more than one read to wait", async || (sent.load(Ordering::Relaxed) > 2 * MOST).then_some(())).await;
+    while taken < BYTES {
+        soon("more records", socket.tcp().readable()).await.unwrap();
+        match socket.try_read(&mut buffer) {
+            Ok(len) => {
+                (taken, most) = (taken + len, most.max(len));
+                assert!(len <= MOST, "{len} records in one go");
+            }
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+        }
+    }
+    assert!(most > MOST / 2, "so many never waited, {most} at most");
+    sending.await.unwrap();
 }
 
 /// Garbage, plain HTTP, half a handshake and silence: each is counted, and clients come and hear as before.

@@ -5,5 +5,6 @@ mod http;
 mod load;
 mod names;
 pub mod panic;
+mod strangers;
 pub mod target;
 mod tokens;
