@@ -11,13 +11,13 @@ use serde_json::json;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpSocket;
 
-use crate::harness::{Client, HANDSHAKE, Raw, await_metric, eventually, gateway, metric, publish, soon};
+use crate::harness::{Client, HANDSHAKE, Instance, Raw, await_metric, eventually, gateway, metric, publish, soon};
 
 /// A handshake from a local address: the status, and the head with what followed of the body.
-async fn knock(gateway: &Gateway, source: [u8; 4], path: &str) -> (u16, String, Raw) {
+pub async fn knock(gateway: &impl Instance, source: [u8; 4], path: &str) -> (u16, String, Raw) {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind((Ipv4Addr::from(source), 0).into()).unwrap();
-    let mut raw = Raw { socket: socket.connect(gateway.addr()).await.unwrap() };
+    let mut raw = Raw { socket: socket.connect(gateway.public()).await.unwrap() };
     raw.send(format!("GET {path} HTTP/1.1\r\n{HANDSHAKE}").as_bytes()).await;
     let mut head = raw.head().await;
     let status = head[9..12].parse().unwrap();

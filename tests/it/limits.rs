@@ -2,10 +2,8 @@
 
 use std::process::{Command, Stdio};
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::io::AsyncReadExt;
 
-use crate::binary::{Binary, exchange};
 use crate::harness::{Client, HANDSHAKE, Raw, await_metric, gateway, http, metric, soon};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -53,27 +51,4 @@ fn the_file_limit_bounds_connections_whatever_is_wanted() {
         let printed = String::from_utf8(output.stdout).unwrap();
         assert!(printed.contains(&format!("HUBCAST_CONNECTIONS_MAX={places}\n")), "{printed}");
     }
-}
-
-/// Twice as many sockets as there are files: clients above the limit are refused, and the API still answers.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_full_house_leaves_room_for_the_api() {
-    const PLACES: usize = 100;
-    let binary = Binary::start(200 + PLACES as u32, &[]);
-    let request = format!("GET /ws HTTP/1.1\r\n{HANDSHAKE}");
-    let mut sockets = Vec::new();
-    let mut statuses = Vec::new();
-    for _ in 0..4 * PLACES {
-        let mut socket = TcpStream::connect(binary.public).await.unwrap();
-        socket.write_all(request.as_bytes()).await.unwrap();
-        let mut answer = [0; 12];
-        soon("an answer", socket.read_exact(&mut answer)).await.unwrap();
-        statuses.push(String::from_utf8_lossy(&answer[9..]).into_owned());
-        sockets.push(socket);
-        let livez = exchange(binary.internal, "GET /livez HTTP/1.1\r\nHost: t\r\nConnection: close\r\n\r\n").await;
-        assert!(livez.is_some_and(|livez| livez.starts_with("HTTP/1.1 200")));
-    }
-    assert!(statuses[..PLACES].iter().all(|status| status == "101"), "{statuses:?}");
-    assert!(statuses[PLACES..].iter().all(|status| status == "503"), "{statuses:?}");
-    crate::observe::threat(62, "four times as many sockets as places: 503 above them, the API answers");
 }

@@ -1,5 +1,7 @@
 //! Every row of the threat table (`tests/threats.tsv`): the answer, and that it harmed nobody else.
 
+mod edge;
+mod floods;
 mod frames;
 mod http;
 mod load;

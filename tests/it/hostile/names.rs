@@ -268,19 +268,20 @@ async fn racing_retries_are_one_publish() {
     let redis = Redis::start().await;
     let url = redis.url();
     for env in [vec![RULES], vec![RULES, ("HUBCAST_REDIS_URL", url.as_str())]] {
-        let gateway = gateway(&env);
-        ready(&gateway).await;
-        let mut client = Client::connect(&gateway).await;
+        let mut target = Target::start(&env).await;
+        let mut client = Client::connect(&target).await;
         client.send(&json!({"type": "subscribe", "channel": "h:1"})).await;
         assert_eq!(client.json().await["type"], "subscribed");
-        let retries = (0..RETRIES).map(|_| http(&gateway, "POST /api/publish/h:1", "Idempotency-Key: k\r\n", b"1"));
+        let retries = (0..RETRIES).map(|_| http(&target, "POST /api/publish/h:1", "Idempotency-Key: k\r\n", b"1"));
         let answers = join_all(retries).await;
         for answer in &answers {
             assert_eq!((answer.status, &answer.body), (200, &answers[0].body));
         }
-        http(&gateway, "POST /api/publish/h:1", "", b"2").await;
+        http(&target, "POST /api/publish/h:1", "", b"2").await;
         assert_eq!(client.json().await["data"], 1);
         assert_eq!(client.json().await["data"], 2, "once");
+        drop(client);
+        target.assert_unharmed().await;
     }
     observe::threat(57, "100 racing retries: published once, one cursor, with and without Redis");
 }

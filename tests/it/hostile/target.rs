@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use crate::binary::Binary;
-use crate::harness::{Client, Instance, eventually, http, metric, publish, soon};
+use crate::harness::{Client, Instance, eventually, http, metric, soon};
 use crate::issuer::token;
 
 /// What an attack may leave in the process, in KiB: pages that the allocator keeps, and buffers of its threads. What a
@@ -22,6 +22,8 @@ const NEIGHBOURS: &str = "neighbours";
 pub struct Target {
     pub binary: Binary,
     neighbour: mpsc::Receiver<Value>,
+    /// With which the neighbour's events are published; empty if the API needs none.
+    key: String,
     rss_kib: u64,
     files: usize,
     published: u64,
@@ -42,8 +44,17 @@ impl Target {
         Self::start_with_files(2000, env).await
     }
 
+    /// With an API that needs this key.
+    pub async fn start_with_key(env: &[(&str, &str)], key: &str) -> Self {
+        Self::start_with(2000, env, format!("X-API-Key: {key}\r\n")).await
+    }
+
     /// With a limit of open files.
     pub async fn start_with_files(files_max: u32, env: &[(&str, &str)]) -> Self {
+        Self::start_with(files_max, env, String::new()).await
+    }
+
+    async fn start_with(files_max: u32, env: &[(&str, &str)], key: String) -> Self {
         let binary = Binary::start(files_max, env);
         crate::harness::ready(&binary).await;
         let path = match env.contains(&("HUBCAST_AUTH", "jwt")) {
@@ -55,7 +66,7 @@ impl Target {
         client.send(&json!({"type": "subscribe", "channel": NEIGHBOURS})).await;
         client.expect(&json!({"type": "subscribed", "channel": NEIGHBOURS})).await;
         let neighbour = received(client);
-        let mut target = Self { binary, neighbour, rss_kib: 0, files: 0, published: 0 };
+        let mut target = Self { binary, neighbour, key, rss_kib: 0, files: 0, published: 0 };
         // A few rounds of everything that is checked later, so that what is allocated once is in the baseline.
         for _ in 0..20 {
             target.assert_neighbour_receives().await;
@@ -97,7 +108,9 @@ impl Target {
 
     pub async fn assert_neighbour_receives(&mut self) {
         self.published += 1;
-        publish(&self.binary, NEIGHBOURS, self.published.to_string().as_bytes()).await;
+        let request = format!("POST /api/publish/{NEIGHBOURS}");
+        let answer = http(&self.binary, &request, &self.key, self.published.to_string().as_bytes()).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
         let received = soon("the neighbour's event", self.neighbour.recv()).await;
         let expected = json!({"type": "event", "channel": NEIGHBOURS, "data": self.published});
         assert_eq!(received.expect("the neighbour is connected"), expected);
