@@ -109,30 +109,38 @@ fn faults(seen: &Seen, missing: &mut Vec<String>) -> String {
     text
 }
 
-/// Reads every log of the run: each line is JSON, and none holds a secret.
+/// Reads every log of the run: each line is JSON, or one of text where that was asked for, and none holds a secret.
 fn logs(directory: &Path, secrets: &BTreeSet<String>) -> (String, String) {
-    let (mut files, mut lines) = (0, 0);
+    let (mut files, mut lines, mut text_lines) = (0, 0, 0);
     for entry in fs::read_dir(directory).unwrap() {
         let path: PathBuf = entry.unwrap().path();
         if path.extension().is_none_or(|extension| extension != "log") {
             continue;
         }
         files += 1;
+        let is_text = path.to_string_lossy().ends_with(".text.log");
         for line in fs::read_to_string(&path).unwrap().lines() {
             lines += 1;
             // What is said to whoever starts the process, before there is a log and when it ends at once.
             let is_said = line.starts_with("hubcast: ");
-            let is_json = serde_json::from_str::<Value>(line).is_ok_and(|line| line["level"].is_string());
-            assert!(is_said || is_json, "{}: not one JSON line: {line}", path.display());
+            let is_line = match is_text {
+                true => observe::is_text_line(line),
+                false => serde_json::from_str::<Value>(line).is_ok_and(|line| line["level"].is_string()),
+            };
+            text_lines += usize::from(is_text);
+            assert!(is_said || is_line, "{}: not one line of its format: {line}", path.display());
             let told = secrets.iter().map(String::as_str).chain([observe::CANARY]).find(|secret| line.contains(secret));
             assert!(told.is_none(), "{}: a log tells the secret {told:?}: {line}", path.display());
         }
     }
-    assert!(lines > 0, "the gateways of this run have logged nothing, so nothing is known of their logs");
+    let is_each = text_lines > 0 && lines > text_lines;
+    assert!(is_each, "the gateways of this run have not logged in each format, so nothing is known of their logs");
     let told = format!("{lines} lines of {files} logs hold none of them");
     let known = secrets.len();
     let canary = observe::CANARY;
-    let text = format!("## Logs\n\n{told}: {known} tokens, and all that has `{canary}` in it. Each line is JSON.\n");
+    let text = format!(
+        "## Logs\n\n{told}: {known} tokens, and all that has `{canary}` in it. Each line is JSON, or in the {text_lines} of text a time, a level and nothing that a terminal acts on.\n"
+    );
     (text, told)
 }
 

@@ -22,7 +22,9 @@ pub struct Binary {
 impl Binary {
     /// Starts it with a limit of open files.
     pub fn start(files_max: u32, env: &[(&str, &str)]) -> Self {
-        let log = format!("gateway-{:016x}.log", rand::random::<u64>());
+        let is_text = env.contains(&("HUBCAST_LOG_FORMAT", "text"));
+        let kind = if is_text { ".text" } else { "" };
+        let log = format!("gateway-{:016x}{kind}.log", rand::random::<u64>());
         let mut child = Command::new("sh")
             .args(["-c", &format!("ulimit -n {files_max}; exec \"$0\""), env!("CARGO_BIN_EXE_hubcast")])
             .envs([

@@ -44,6 +44,15 @@ pub fn fault(name: &str, detected: Option<Duration>, recovered: Duration, what: 
     );
 }
 
+/// Whether a line is one of a log of text: time, level, and nothing that a terminal would act on.
+pub fn is_text_line(line: &str) -> bool {
+    let mut words = line.split_whitespace();
+    let time = words.next().unwrap_or_default();
+    let is_time = time.len() > 19 && time.ends_with('Z') && time.as_bytes()[10] == b'T' && time.starts_with("20");
+    let level = words.next().unwrap_or_default();
+    is_time && ["TRACE", "DEBUG", "INFO", "WARN", "ERROR"].contains(&level) && !line.contains(char::is_control)
+}
+
 /// No log of this run may hold this text. Those with [`CANARY`] in them need not be named.
 pub fn secret(text: &str) {
     note(&json!({"secret": text}));

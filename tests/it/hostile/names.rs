@@ -204,6 +204,22 @@ async fn a_log_line_is_one_line() {
     }
     target.assert_unharmed().await;
     observe::threat(53, "CR LF, ESC and bidi in an envelope: one escaped JSON line; in a user's name: 400");
+
+    // The same where the log is text for people.
+    let env = [("HUBCAST_REDIS_URL", redis.url()), ("HUBCAST_LOG_FORMAT", "text".to_owned())];
+    let mut target = Target::start(&env.each_ref().map(|(name, value)| (*name, value.as_str()))).await;
+    redis.command(&["PUBLISH", "hub:__control", &envelope]).await;
+    redis.command(&["PUBLISH", "hub:__control", &envelope.replace("99", "\"a\\nb\"")]).await;
+    let log = eventually("the log lines", async || {
+        let log = target.binary.log();
+        (log.contains("another version") && log.contains("cannot be read")).then_some(log)
+    })
+    .await;
+    for line in log.split_terminator('\n') {
+        assert!(observe::is_text_line(line), "{line:?}");
+    }
+    target.assert_unharmed().await;
+    observe::threat(53, "the same in a log of text: one line, nothing in it moves the cursor");
 }
 
 /// Cursors that nobody gave out.

@@ -144,6 +144,39 @@ async fn forged_tokens_are_refused_alike() {
     target.assert_unharmed().await;
 }
 
+/// Tokens and keys, good and bad ones, however they come: a log of text tells none of them either.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_of_text_tells_no_secret() {
+    let env = [("HUBCAST_LOG_FORMAT", "text"), ("HUBCAST_LOG", "trace"), ("HUBCAST_API_KEYS", "canary-key")];
+    let jwt = [("HUBCAST_AUTH", "jwt"), ("HUBCAST_JWT_SECRET", SECRET)];
+    let mut target = Target::start_with_key(&[&env[..], &jwt].concat(), "canary-key").await;
+    let good = token(json!({"sub": "somebody", "jti": "1"}));
+    let bad = [format!("{good}canary"), "canary".to_owned(), format!("{good}.canary")];
+    for token in bad.iter().chain([&good]) {
+        observe::secret(token);
+        handshake(&target, token).await;
+        let query = format!("/ws?token={token}&canary=canary");
+        drop(Client::try_open_with(&target, &query, &[("user-agent", "canary")]).await);
+        in_band_or_not(&target, token).await;
+        let header = format!("Authorization: Bearer {token}\r\n");
+        crate::harness::http(&target, "POST /api/publish/c?key=canary", &header, b"canary").await;
+    }
+    eventually("all to have left", async || (metric(&target, "hubcast_connections").await == 1.0).then_some(())).await;
+    let log = target.binary.log();
+    assert!(log.lines().count() > bad.len(), "it has something to tell: {log}");
+    for secret in bad.iter().chain([&good]).map(String::as_str).chain([observe::CANARY]) {
+        assert!(!log.contains(secret), "the log tells {secret}");
+    }
+    target.assert_unharmed().await;
+}
+
+/// The same by a command, whatever the answer.
+async fn in_band_or_not(target: &Target, token: &str) {
+    let mut client = Client::connect(target).await;
+    client.send(&json!({"type": "auth", "token": token})).await;
+    client.json().await;
+}
+
 /// A token that says where its key is: nobody goes there.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_cannot_name_its_own_key() {
