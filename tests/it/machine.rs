@@ -1,6 +1,7 @@
 //! What the machine does to the gateway: no more files, no processor for a while, another time.
 
 use std::path::PathBuf;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
@@ -9,7 +10,7 @@ use serde_json::json;
 use tokio::net::TcpStream;
 
 use crate::binary::Binary;
-use crate::harness::{Client, await_metric, eventually, gateway, http, metric, publish, soon};
+use crate::harness::{Client, Raw, await_metric, eventually, gateway, http, metric, publish, soon};
 use crate::hostile::target::{Target, received};
 use crate::issuer::{SECRET, now_s, token};
 use crate::observe;
@@ -41,6 +42,78 @@ async fn without_files_nobody_who_is_connected_notices() {
     );
     drop((waiting, publisher, subscriber));
     target.assert_unharmed().await;
+}
+
+/// The kernel has no buffers for one connection: that one is closed and counted, and nobody else notices.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_buffers_only_that_connection_ends() {
+    let mut target = Target::start(&[]).await;
+    let mut victim = Raw::upgrade(&target, "/ws?channels=c", b"").await;
+    let mut fellow = Client::subscribed(&target, "c").await;
+    for _ in 0..2 {
+        victim.frame().await.expect("the welcome and the confirmation");
+    }
+    let Some(strace) = Strace::fail_writes_to(&target, &victim) else {
+        println!("NOT DONE: strace is not here, or may not attach to a process (apt-get install strace)");
+        return;
+    };
+    let (began, ticks) = (Instant::now(), target.cpu_ticks());
+    publish(&target, "c", b"1").await;
+    fellow.expect(&json!({"type": "event", "channel": "c", "data": 1})).await;
+    assert_eq!(victim.frame().await, None, "it was not to be written to");
+    await_metric(&target, r#"hubcast_connections_closed_total{reason="lost"}"#, 1.0).await;
+    await_metric(&target, r#"hubcast_dropped_total{reason="connection_lost"}"#, 1.0).await;
+    let over = began.elapsed();
+    target.assert_neighbour_receives().await;
+    assert!(target.cpu_ticks() - ticks < 100, "it spins");
+    drop((strace, victim, fellow));
+    observe::fault("ENOBUFS on send", None, over, "each write to it fails: closed as lost, what it missed is counted");
+    target.assert_unharmed().await;
+}
+
+/// A tracer that has system calls on one socket fail.
+struct Strace(Child);
+
+impl Strace {
+    /// Has every write to a client's socket fail with ENOBUFS from now on; `None` where that cannot be done.
+    fn fail_writes_to(target: &Target, client: &Raw) -> Option<Self> {
+        let port = client.socket.local_addr().unwrap().port();
+        let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        // Local and remote address, state, queues, timers, retransmits, user, timeout, inode: proc_net_tcp(5).
+        let inode = table.lines().find_map(|line| {
+            let fields: Vec<_> = line.split_whitespace().collect();
+            fields[2].ends_with(&format!(":{port:04X}")).then(|| fields[9].to_owned())
+        });
+        let socket = format!("socket:[{}]", inode.expect("the gateway's end of it"));
+        let pid = target.binary.process.0.id().to_string();
+        let calls = "write,writev,sendto,sendmsg";
+        let mut child = Command::new("strace")
+            .args(["-f", "-qq", "-P", &socket, "-e", &format!("trace={calls}")])
+            .args(["-e", &format!("inject={calls}:error=ENOBUFS"), "-o", "/dev/null", "-p", &pid])
+            .spawn()
+            .ok()?;
+        let is_traced = || {
+            let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+            let mut statuses =
+                tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("status")).unwrap_or_default());
+            statuses.all(|status| !status.contains("TracerPid:\t0\n"))
+        };
+        while !is_traced() {
+            if child.try_wait().unwrap().is_some() {
+                return None;
+            }
+            std::thread::yield_now();
+        }
+        Some(Self(child))
+    }
+}
+
+impl Drop for Strace {
+    fn drop(&mut self) {
+        // Asked, not killed: it lets the process go.
+        rustix::process::kill_process(Pid::from_child(&self.0), Signal::TERM).unwrap();
+        self.0.wait().unwrap();
+    }
 }
 
 /// Stopped for longer than anybody may be silent, and again and again for most of the time: what clients sent
