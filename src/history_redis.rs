@@ -26,71 +26,29 @@ use crate::topology::Topology;
 /// payload byte for byte, or the marker's shared id or `-`.
 pub const MAGIC: &[u8] = b"\xFF\x01";
 
-/// What `publish` and `mark` begin with: the arguments that they share, the position, and the id that may follow it.
-/// Written for speed: each call of a function, a pattern above all, costs as much as a third of a `GET`. So arithmetic
-/// checks that numbers are ones (Lua ends the script otherwise, and NaN fails every comparison), and the milliseconds are looked for where they end until
-/// the year 2286.
+/// What `publish` and `mark` begin with: the arguments that they share, the clock, and the position. Written for speed:
+/// each call of a function costs as much as a fifth of a `GET`, so does a number read from text, and `TIME` as much as two.
+/// What is not needed is not read, and so not checked: sizes and TTLs but now and then. Arithmetic checks that numbers
+/// are ones (Lua ends the script otherwise, and NaN fails every comparison).
 const PRELUDE: &str = r"
-local call, format, sub, args = redis.call, string.format, string.sub, ARGV
+local call, sub, args = redis.call, string.sub, ARGV
 local stream, top, answer = KEYS[1], KEYS[2], KEYS[3]
-local size, ttl, keep, random, publish = args[1], args[2] + 0, args[3] + 0, args[4] + 0, args[5]
-local remember = answer and args[8] + 0 or 1
+local random, publish, content = args[4] + 0, args[5], args[7]
 local is_known = publish == 'PUBLISH' or publish == 'SPUBLISH'
-if not (is_known and args[7] and size + 0 >= 0 and ttl >= 1 and ttl < 1e13 and keep >= 0 and keep < 1e13
-    and random >= 0 and random < 281474976710656 and random % 1 == 0
-    and remember >= 1 and remember < 1e13 and remember % 1 == 0) then
+if not (is_known and content and random >= 0 and random < 281474976710656 and random % 1 == 0) then
     return redis.error_reply('BADARG bad history arguments')
 end
-local time, last = call('TIME'), call('GET', top)
-local now = time[1] * 1000 + time[2] / 1000
-now = now - now % 1
-if not last then
-    call('DEL', stream)
-    last = format('%d-%d', now, random)
-end
-local was, sequence = sub(last, 1, 13), 15
-if sub(last, 14, 14) ~= '-' then
-    sequence = string.find(last, '-', 1, true) + 1
-    was = sub(last, 1, sequence - 2)
-end
-local before, id = was + 0, nil
-if now > before then
-    id = format('%d-%d', now, random)
-else
-    local next = sub(last, sequence) + 1 + (random - random % 65536) / 65536
-    if next < 9007199254740992 then
-        id = was .. format('-%d', next)
-    else
-        id = format('%d-%d', before + 1, random)
-    end
-end
-";
-
-/// Appends `content` as `field`. The stream is trimmed to size roughly here, and exactly where it is looked at. It outlives
-/// its newest entry's age by at most as long again, and so does the position what is asked for: both are renewed once in
-/// that time.
-const APPEND: &str = r"
-local is_new = not call('XADD', stream, 'NOMKSTREAM', 'MAXLEN', '~', size, id, 'p', last, field, content)
-if is_new then
-    call('XADD', stream, id, 'p', last, field, content)
-end
-if is_new or now - now % ttl > before or now < before then
-    call('PEXPIREAT', stream, format('%d', math.max(now, before) + 2 * ttl))
-    call('SET', top, id, 'PX', format('%d', keep + ttl))
-else
-    call('SET', top, id, 'KEEPTTL')
-end
-";
-
-/// Comes last.
-const TELL: &str = r"
-call(publish, args[6], '\255\1' .. field .. ' ' .. id .. ' ' .. last .. ' ' .. content)
+local time, last, id = call('TIME'), call('GET', top), nil
 ";
 
 /// After the shared arguments: the payload; with a third key, how long the answer is remembered.
 const ANSWERED: &str = r"
-local field, content = 'e', args[7]
+local field, head = 'e', '\255\1e '
 if answer then
+    local remember = args[8] + 0
+    if not (remember >= 1 and remember < 1e13 and remember % 1 == 0) then
+        return redis.error_reply('BADARG bad history arguments')
+    end
     local answered = call('GET', answer)
     if answered then
         return {answered}
@@ -98,10 +56,76 @@ if answer then
 end
 ";
 
-const REMEMBER: &str = r"
-if answer then
-    call('SET', answer, id, 'PX', format('%d', remember))
+/// The id, as `ANEW` has it, put together from text where that can be done: in the same millisecond, or in a later one
+/// if nothing has to be renewed. Both keys are renewed whenever the milliseconds differ before their last digits, which are
+/// one less than those of the TTL: at least once in that time. The stream is trimmed to size roughly, small payloads
+/// now and then.
+const QUICKLY: &str = r"
+if last then
+    local micros = time[2]
+    if #micros < 6 then
+        micros = sub('00000' .. micros, -6)
+    end
+    local ms, was = time[1] .. sub(micros, 1, 3) .. '-', sub(last, 1, 14)
+    if ms == was then
+        local next = sub(last, 15) + 1 + (random - random % 65536) / 65536
+        id = next < 9007199254740992 and was .. string.format('%d', next)
+    elseif ms > was and random >= 10 ^ (#args[4] - 1) then
+        local start = 14 - #args[2]
+        id = sub(ms, 1, start) == sub(was, 1, start) and ms .. args[4]
+    end
+    if id and (#content > 512 or random % 8 == 0) then
+        id = call('XADD', stream, 'NOMKSTREAM', 'MAXLEN', '~', args[1], id, 'p', last, field, content)
+    elseif id then
+        id = call('XADD', stream, 'NOMKSTREAM', id, 'p', last, field, content)
+    end
 end
+if id then
+    call('SET', top, id, 'KEEPTTL')
+else
+";
+
+/// The other arguments, and the id that follows the position.
+const ANEW: &str = r"
+local format, size, ttl, keep = string.format, args[1] + 0, args[2] + 0, args[3] + 0
+if not (size >= 0 and ttl >= 1 and ttl < 1e13 and ttl >= 10 ^ (#args[2] - 1) and keep >= 0 and keep < 1e13) then
+    return redis.error_reply('BADARG bad history arguments')
+end
+local now = time[1] * 1000 + time[2] / 1000
+now = now - now % 1
+if not last then
+    call('DEL', stream)
+    last = format('%d-%d', now, random)
+end
+local dash = string.find(last, '-', 1, true)
+local before, next = sub(last, 1, dash - 1) + 0, sub(last, dash + 1) + 1 + (random - random % 65536) / 65536
+if now > before then
+    id = format('%d-%d', now, random)
+elseif next < 9007199254740992 then
+    id = format('%d-%d', before, next)
+else
+    id = format('%d-%d', before + 1, random)
+end
+";
+
+/// Appends `content` as `field`. The stream is trimmed to size roughly here, and exactly where it is looked at. It outlives
+/// its newest entry's age by at most as long again, and so does the position what is asked for.
+const APPEND: &str = r"
+call('XADD', stream, 'MAXLEN', '~', args[1], id, 'p', last, field, content)
+call('PEXPIREAT', stream, format('%d', math.max(now, before) + 2 * ttl))
+call('SET', top, id, 'PX', format('%d', keep + ttl))
+";
+
+const REMEMBER: &str = r"
+end
+if answer then
+    call('SET', answer, id, 'PX', string.format('%d', args[8]))
+end
+";
+
+/// Comes last.
+const TELL: &str = r"
+call(publish, args[6], head .. id .. ' ' .. last .. ' ' .. content)
 ";
 
 /// Answers the id; one that was given before in a list.
@@ -109,11 +133,11 @@ const PUBLISHED: &str = "return id\n";
 
 /// After the shared arguments: the shared id or `-`, the own id, and the markers that were passed.
 const MARK_UNLESS: &str = r"
-local field, content, own, passed = 'm', args[7], args[8], {}
+local field, head, own, passed = 'm', '\255\1m ', args[8], {}
 for i = 9, #args do
     passed[args[i]] = true
 end
-call('XTRIM', stream, 'MAXLEN', size)
+call('XTRIM', stream, 'MAXLEN', args[1])
 call('XTRIM', stream, 'MINID', format('%d', math.max(now - ttl + 1, 0)))
 if own == last or #call('XRANGE', stream, own, own) > 0 then
     call('SET', top, last, 'PX', format('%d', keep + ttl))
@@ -155,7 +179,8 @@ return {last, redis.call('XRANGE', stream, '-', '+')}
 ";
 
 static PUBLISH: LazyLock<Script> = LazyLock::new(|| Script::new(&publish_script()));
-static MARK: LazyLock<Script> = LazyLock::new(|| Script::new(&format!("{PRELUDE}{MARK_UNLESS}{APPEND}{TELL}{MARKED}")));
+static MARK: LazyLock<Script> =
+    LazyLock::new(|| Script::new(&format!("{PRELUDE}{ANEW}{MARK_UNLESS}{APPEND}{TELL}{MARKED}")));
 static READ: LazyLock<Script> = LazyLock::new(|| Script::new(READ_SCRIPT));
 
 /// The script that publishes, for backends that call it themselves.
@@ -164,7 +189,7 @@ static READ: LazyLock<Script> = LazyLock::new(|| Script::new(READ_SCRIPT));
 /// `history_answer:{channel} {idempotency key}`. Arguments: entries at most, their TTL (ms), the position's TTL (ms),
 /// 48 random bits, `PUBLISH` or `SPUBLISH`, the Redis channel, the payload, and with a third key its TTL (ms).
 pub fn publish_script() -> String {
-    format!("{PRELUDE}{ANSWERED}{APPEND}{REMEMBER}{TELL}{PUBLISHED}")
+    format!("{PRELUDE}{ANSWERED}{QUICKLY}{ANEW}{APPEND}{REMEMBER}{TELL}{PUBLISHED}")
 }
 
 /// Has Redis know the script that publishes.
