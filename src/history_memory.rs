@@ -12,7 +12,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crate::cursor::Cursor;
 use crate::history_store::{Chain, Entry, IDEMPOTENCY_WINDOW, Loss, Marked, Moment, Retention, Window};
-use crate::history_view::Start;
+use crate::history_view::{Range, Start};
 
 /// Channels that nobody is in. Anybody can make one by subscribing, so beyond this they are forgotten, first those of which
 /// only the position is left, then those published to longest ago: whoever comes back to one begins anew.
@@ -149,6 +149,11 @@ impl Memory {
     /// See [`Chain::read`].
     pub fn read(&self, channel: &str, unless: Option<Cursor>, retention: &Retention, at: Moment) -> Window {
         self.past(channel, retention).hold().read(unless, at)
+    }
+
+    /// See [`Chain::read_page`].
+    pub fn read_page(&self, channel: &str, range: Range, limit: usize, retention: &Retention, at: Moment) -> Window {
+        self.past(channel, retention).hold().chain.read_page(range, limit, retention, at)
     }
 
     /// Drops what is too old, in all channels, and what is too much; to be called now and then. The number of channels left.

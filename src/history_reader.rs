@@ -1,7 +1,7 @@
 //! What was published to a channel: questions of sockets and the API, answered by one task.
 //!
-//! As with presence: it takes all questions that wait, reads each channel once for all that ask for it, and reads side
-//! by side: the link carries them as one.
+//! As with presence: it takes all questions that wait, reads once for all that ask the same, and reads side by side: the
+//! link carries them as one. What is read is the page, not the history that it is of.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::warn;
 
-use crate::asker::{self, Asker};
+use crate::asker::{self, Answer, Asker};
 use crate::broker::Broker;
 use crate::event;
 use crate::history_redis::Place;
@@ -60,34 +60,40 @@ pub async fn run(broker: Arc<Broker>, key_prefix: Box<str>, mut questions: Quest
     let key_prefix: Arc<str> = key_prefix.into();
     let mut batch = Vec::new();
     while questions.recv_many(&mut batch, BATCH_QUESTIONS).await > 0 {
-        let mut channels = HashMap::<_, Vec<_>>::new();
+        let mut pages = HashMap::<_, Vec<_>>::new();
         for Question { channel, range, limit, asker } in batch.drain(..) {
-            channels.entry(channel).or_default().push((range, limit, asker));
+            pages.entry((channel, range, limit)).or_default().push(asker);
         }
         let mut reads = JoinSet::new();
-        for (channel, asked) in channels {
+        for ((channel, range, limit), askers) in pages {
             let (broker, key_prefix) = (Arc::clone(&broker), Arc::clone(&key_prefix));
-            reads.spawn(async move { (asked, read(&broker, &key_prefix, &channel).await, channel) });
+            reads.spawn(async move {
+                let window = read(&broker, &key_prefix, &channel, (range, limit)).await;
+                (askers, window.map(|window| page(&channel, &window, range, limit).into()))
+            });
         }
         while let Some(read) = reads.join_next().await {
-            let Ok((asked, window, channel)) = read else { continue };
-            for (range, limit, asker) in asked {
-                answer(&broker, &channel, &window, (range, limit), asker);
-            }
+            let Ok((askers, page)) = read else { continue };
+            answer(&broker, &page, askers);
         }
     }
 }
 
-async fn read(broker: &Broker, key_prefix: &str, channel: &str) -> Result<Window, Refusal> {
+async fn read(
+    broker: &Broker,
+    key_prefix: &str,
+    channel: &str,
+    (range, limit): (Range, usize),
+) -> Result<Window, Refusal> {
     let retention = broker.hub.rules().history(channel).ok_or_else(no_history)?;
     let at = Moment::now();
     match (broker.hub.histories(), &broker.servers) {
-        (Histories::Memory(memory), _) => Ok(memory.read(channel, None, &retention, at)),
+        (Histories::Memory(memory), _) => Ok(memory.read_page(channel, range, limit, &retention, at)),
         (Histories::Redis(_), None) => Err(unavailable()),
         (Histories::Redis(_), Some(servers)) => {
             let mut link = servers.commands(channel).ok_or_else(unavailable)?;
             let place = Place::new(key_prefix, channel, &servers.topology);
-            place.read(&mut link, None, &retention, at.random).await.map_err(|error| {
+            place.read_page(&mut link, (range, limit), &retention, at.random).await.map_err(|error| {
                 warn!(%error, channel, "history cannot be read");
                 unavailable()
             })
@@ -100,21 +106,20 @@ pub fn no_history() -> Refusal {
     Refusal::new(ErrorCode::Forbidden, "the rule of this channel has no history")
 }
 
-fn answer(
-    broker: &Broker,
-    channel: &str,
-    window: &Result<Window, Refusal>,
-    (range, limit): (Range, usize),
-    asker: Asker,
-) {
-    let answer = match (window, &asker) {
-        (Ok(_), Asker::Socket(connection, _)) if connection.replay_bytes() > REPLY_BYTES_MAX => {
-            Err(Refusal::new(ErrorCode::LimitExceeded, "read what you asked for before you ask for more"))
-        }
-        (Ok(window), _) => Ok(page(channel, window, range, limit).into()),
-        (Err(refusal), _) => Err(refusal.clone()),
+fn answer(broker: &Broker, page: &Answer, askers: Vec<Asker>) {
+    let has_unread = |asker: &Asker| match asker {
+        Asker::Socket(connection, _) => connection.replay_bytes() > REPLY_BYTES_MAX,
+        Asker::Http(_) => false,
     };
-    asker::reply(broker, vec![asker], &answer, event::history);
+    for asker in askers {
+        let answer = match page {
+            Ok(_) if has_unread(&asker) => {
+                Err(Refusal::new(ErrorCode::LimitExceeded, "read what you asked for before you ask for more"))
+            }
+            page => page.clone(),
+        };
+        asker::reply(broker, vec![asker], &answer, event::history);
+    }
 }
 
 /// `"channel":…,"events":[…],"has_more":…,"cursor":…`

@@ -19,6 +19,7 @@ use redis::{ErrorKind, RedisError, RedisResult, Script, ScriptInvocation, Value}
 
 use crate::cursor::{Cursor, random_bits};
 use crate::history_store::{Content, Entry, IDEMPOTENCY_WINDOW, Loss, Marked, Retention, Window};
+use crate::history_view::{PAGE_EVENTS_MAX, REPLY_BYTES_MAX, Range};
 use crate::topology::Topology;
 
 /// What a message of history starts with, with the version of the format: neither JSON nor text can, nor does presence
@@ -153,8 +154,8 @@ end
 
 const MARKED: &str = "return {'written', id}\n";
 
-/// Arguments: entries at most, TTLs of entries and position, random bits, the position for which the stream is not needed.
-const READ_SCRIPT: &str = r"
+/// What both reads begin with. Arguments: entries at most, TTLs of entries and position, random bits.
+const READING: &str = r"
 local stream, top = KEYS[1], KEYS[2]
 local ttl, keep, random = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 if not (ttl and keep and random) then
@@ -170,18 +171,63 @@ if not last then
 else
     redis.call('PEXPIRE', top, string.format('%d', keep + ttl))
 end
+local function trim()
+    redis.call('XTRIM', stream, 'MAXLEN', ARGV[1])
+    redis.call('XTRIM', stream, 'MINID', string.format('%d', math.max(now - ttl + 1, 0)))
+end
+";
+
+/// After the shared arguments: the position for which the stream is not needed.
+const READ_ALL: &str = r"
 if last == ARGV[5] then
     return {last, {}}
 end
-redis.call('XTRIM', stream, 'MAXLEN', ARGV[1])
-redis.call('XTRIM', stream, 'MINID', string.format('%d', math.max(now - ttl + 1, 0)))
+trim()
 return {last, redis.call('XRANGE', stream, '-', '+')}
+";
+
+/// After the shared arguments: the direction, the id that is read from, and what there is room for: events, and bytes of
+/// their payloads. The first entry that has no room is read too: it says that there is more. Behind what was found comes
+/// the first entry of all, where it is another one; of that only the place is needed.
+const READ_PAGE: &str = r"
+local is_after, own, events_max, bytes_max = ARGV[5] == 'after', ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
+local command, last_id, from = 'XREVRANGE', '-', own
+if is_after then
+    command, last_id = 'XRANGE', '+'
+end
+local count, found, events, bytes, is_full = math.min(events_max + 2, 32), {}, 0, 0, false
+trim()
+repeat
+    local some = redis.call(command, stream, from, last_id, 'COUNT', count)
+    for _, entry in ipairs(some) do
+        if is_after or entry[1] ~= own then
+            found[#found + 1] = entry
+        end
+        if entry[2][3] == 'e' and entry[1] ~= own then
+            events, bytes = events + 1, bytes + #entry[2][4]
+        end
+        if events > events_max or bytes > bytes_max and events > 1 then
+            is_full = true
+            break
+        end
+    end
+    from = #some == count and '(' .. some[count][1]
+until is_full or not from
+local first = is_after and redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1]
+if not first or found[1] and found[1][1] == first[1] then
+    return {last, found, {}}
+end
+if first[2][3] == 'e' then
+    first[2][4] = ''
+end
+return {last, found, {first}}
 ";
 
 static PUBLISH: LazyLock<Script> = LazyLock::new(|| Script::new(&publish_script()));
 static MARK: LazyLock<Script> =
     LazyLock::new(|| Script::new(&format!("{PRELUDE}{ANEW}{MARK_UNLESS}{APPEND}{TELL}{MARKED}")));
-static READ: LazyLock<Script> = LazyLock::new(|| Script::new(READ_SCRIPT));
+static READ: LazyLock<Script> = LazyLock::new(|| Script::new(&format!("{READING}{READ_ALL}")));
+static PAGE: LazyLock<Script> = LazyLock::new(|| Script::new(&format!("{READING}{READ_PAGE}")));
 
 /// The script that publishes, for backends that call it themselves.
 ///
@@ -286,16 +332,42 @@ impl Place {
         retention: &Retention,
         random: u64,
     ) -> RedisResult<Window> {
-        let mut call = READ.prepare_invoke();
-        call.key(&self.stream).key(&self.top);
-        call.arg(retention.size).arg(retention.ttl_ms()).arg(retention.position_ttl_ms());
-        call.arg(random_bits(random)).arg(written(unless));
+        let mut call = self.reading(&READ, retention, random);
+        call.arg(written(unless));
         let (top, entries): (String, Vec<Stored>) = call.invoke_async(link).await?;
-        let entries = entries.into_iter().map(parse_stored).collect::<Option<_>>();
-        match (Cursor::parse(&top), entries) {
-            (Some(top), Some(entries)) => Ok(Window { entries, top }),
-            _ => Err(unreadable()),
+        parse_window(&top, entries)
+    }
+
+    /// See [`crate::history_store::Chain::read_page`].
+    ///
+    /// # Errors
+    /// As [`Place::read`].
+    pub async fn read_page(
+        &self,
+        link: &mut impl ConnectionLike,
+        (range, limit): (Range, usize),
+        retention: &Retention,
+        random: u64,
+    ) -> RedisResult<Window> {
+        let mut call = self.reading(&PAGE, retention, random);
+        match range {
+            Range::After(cursor) => call.arg("after").arg(cursor.to_string()),
+            Range::Before(cursor) => call.arg("before").arg(cursor.to_string()),
+            Range::Newest => call.arg("before").arg("+"),
+        };
+        call.arg(limit.min(PAGE_EVENTS_MAX)).arg(REPLY_BYTES_MAX);
+        let (top, mut found, first): (String, Vec<Stored>, Vec<Stored>) = call.invoke_async(link).await?;
+        if !matches!(range, Range::After(_)) {
+            found.reverse();
         }
+        parse_window(&top, first.into_iter().chain(found))
+    }
+
+    fn reading(&self, script: &'static Script, retention: &Retention, random: u64) -> ScriptInvocation<'static> {
+        let mut call = script.prepare_invoke();
+        call.key(&self.stream).key(&self.top);
+        call.arg(retention.size).arg(retention.ttl_ms()).arg(retention.position_ttl_ms()).arg(random_bits(random));
+        call
     }
 }
 
@@ -337,6 +409,14 @@ pub fn parse_envelope(message: &Bytes) -> Option<Entry> {
 /// An entry as the stream has it: the id, then `p`, the predecessor, `e` or `m`, and the content; what a newer build may
 /// put behind that is ignored.
 type Stored = (String, Vec<Vec<u8>>);
+
+fn parse_window(top: &str, entries: impl IntoIterator<Item = Stored>) -> RedisResult<Window> {
+    let entries = entries.into_iter().map(parse_stored).collect::<Option<_>>();
+    match (Cursor::parse(top), entries) {
+        (Some(top), Some(entries)) => Ok(Window { entries, top }),
+        _ => Err(unreadable()),
+    }
+}
 
 fn parse_stored((id, fields): Stored) -> Option<Entry> {
     let mut fields = fields.into_iter().skip(1);

@@ -12,6 +12,7 @@ use bytes::Bytes;
 
 use crate::clock;
 use crate::cursor::Cursor;
+use crate::history_view::{Range, Room};
 
 /// How long the answer to a publish with an idempotency key is remembered.
 pub const IDEMPOTENCY_WINDOW: Duration = Duration::from_secs(5 * 60);
@@ -148,7 +149,7 @@ pub enum Standing {
 /// A channel's stream and position at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Window {
-    /// The stream, oldest first.
+    /// The stream, oldest first. Read for a page: its first entry, the one asked from, and what the page has room for.
     pub entries: Vec<Entry>,
     /// The position: the newest id, whose entry may be trimmed.
     pub top: Cursor,
@@ -263,6 +264,31 @@ impl Chain {
         let top = self.position(retention, at);
         self.trim(retention, at.now_ms);
         let entries = if unless == Some(top) { Vec::new() } else { self.stream.iter().cloned().collect() };
+        Window { entries, top }
+    }
+
+    /// What [`Window::page`] needs of the stream, and the position.
+    pub fn read_page(&mut self, range: Range, limit: usize, retention: &Retention, at: Moment) -> Window {
+        let top = self.position(retention, at);
+        self.trim(retention, at.now_ms);
+        let mut room = Room::of_page(limit);
+        let mut is_full = false;
+        // One that has no room is read too: it says that there is more.
+        let is_read = |entry: &&Entry| !std::mem::replace(&mut is_full, !room.takes(entry));
+        let from = |cursor| self.stream.partition_point(|entry| entry.id < cursor);
+        let entries = match range {
+            Range::After(cursor) => {
+                let start = from(cursor);
+                let next = self.stream.partition_point(|entry| entry.id <= cursor);
+                let known = self.stream.range(..start.min(1)).chain(self.stream.range(start..next));
+                known.chain(self.stream.range(next..).take_while(is_read)).cloned().collect()
+            }
+            Range::Before(_) | Range::Newest => {
+                let end = if let Range::Before(cursor) = range { from(cursor) } else { self.stream.len() };
+                let count = self.stream.range(..end).rev().take_while(is_read).count();
+                self.stream.range(end - count..end).cloned().collect()
+            }
+        };
         Window { entries, top }
     }
 

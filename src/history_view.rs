@@ -111,7 +111,7 @@ pub struct Page {
 }
 
 /// Which part of a history.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Range {
     /// The oldest events after a cursor.
     After(Cursor),
@@ -119,6 +119,32 @@ pub enum Range {
     Before(Cursor),
     /// The newest events.
     Newest,
+}
+
+/// What there is room for in an answer: so many events, and [`REPLY_BYTES_MAX`]; one event however big.
+#[derive(Debug)]
+pub(crate) struct Room {
+    events_max: usize,
+    events: usize,
+    bytes: usize,
+}
+
+impl Room {
+    fn new(events_max: usize) -> Self {
+        Self { events_max, events: 0, bytes: 0 }
+    }
+
+    /// That of a page.
+    pub(crate) fn of_page(limit: usize) -> Self {
+        Self::new(limit.min(PAGE_EVENTS_MAX))
+    }
+
+    /// Whether there is room for another entry.
+    pub(crate) fn takes(&mut self, entry: &Entry) -> bool {
+        self.events += usize::from(entry.marker().is_none());
+        self.bytes += entry.len();
+        self.events <= self.events_max && (self.bytes <= REPLY_BYTES_MAX || self.events <= 1)
+    }
 }
 
 impl Window {
@@ -149,13 +175,8 @@ impl Window {
         let Some((is_trimmed, missed)) = missed else {
             return Start { recovered: true, missed: [gap(GapReason::Upstream, None)].into(), ..Start::at(position) };
         };
-        let (mut events, mut bytes) = (0, 0);
-        let mut fits = |entry: &&&Entry| {
-            events += usize::from(entry.marker().is_none());
-            bytes += entry.len();
-            events <= RECOVERY_EVENTS_MAX && (bytes <= REPLY_BYTES_MAX || events <= 1)
-        };
-        let count = missed.iter().take_while(&mut fits).count();
+        let mut room = Room::new(RECOVERY_EVENTS_MAX);
+        let count = missed.iter().take_while(|entry| room.takes(entry)).count();
         let before = if is_trimmed { missed.first().map(|entry| entry.previous) } else { Some(after) };
         let mut told = with_gaps(before, before, &missed[..count], |_| false);
         if is_trimmed && !matches!(told.first(), Some(Told::Gap(_))) {
@@ -196,19 +217,14 @@ impl Window {
 
     /// A page; `limit` is brought into bounds. An event that alone is too big is a page of its own.
     pub fn page(&self, range: Range, limit: usize) -> Page {
-        let limit = limit.min(PAGE_EVENTS_MAX);
         let (start, end) = match range {
             Range::After(cursor) => (self.entries.partition_point(|entry| entry.id <= cursor), self.entries.len()),
             Range::Before(cursor) => (0, self.entries.partition_point(|entry| entry.id < cursor)),
             Range::Newest => (0, self.entries.len()),
         };
         let entries = &self.entries[start..end];
-        let (mut events, mut bytes) = (0, 0);
-        let mut fits = |entry: &&Entry| {
-            events += usize::from(entry.marker().is_none());
-            bytes += entry.len();
-            events <= limit && (bytes <= REPLY_BYTES_MAX || events == 1)
-        };
+        let mut room = Room::of_page(limit);
+        let mut fits = |entry: &&Entry| room.takes(entry);
         let (before, taken): (_, Vec<_>) = match range {
             Range::After(cursor) => (Some(cursor), entries.iter().take_while(&mut fits).collect()),
             Range::Before(_) | Range::Newest => {

@@ -10,7 +10,7 @@ use hubcast::cursor::Cursor;
 use hubcast::history_memory::{Memory, Published};
 use hubcast::history_redis::{Place, is_envelope, parse_envelope, parse_published};
 use hubcast::history_store::{Content, Entry, Loss, Marked, Moment, Retention, Window};
-use hubcast::history_view::{Gap, GapReason, Range, Told};
+use hubcast::history_view::{Gap, GapReason, Page, Range, Told};
 use hubcast::presence_store;
 use hubcast::topology::Topology;
 use proptest::prelude::*;
@@ -25,6 +25,8 @@ enum Op {
     /// By ids met before: shared, own, passed.
     Mark(Option<usize>, usize, Vec<usize>),
     Read(Option<usize>),
+    /// After or before an id met before, or the newest; so many events.
+    Page(Option<(bool, usize)>, usize),
     /// Everything is older than the TTL.
     Age,
     /// The position expires.
@@ -38,6 +40,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         4 => (proptest::option::of(id()), id(), proptest::collection::vec(id(), 0..3))
             .prop_map(|(shared, own, passed)| Op::Mark(shared, own, passed)),
         4 => proptest::option::of(id()).prop_map(Op::Read),
+        4 => (proptest::option::of((any::<bool>(), id())), 1..5_usize).prop_map(|(at, limit)| Op::Page(at, limit)),
         1 => Just(Op::Age),
         1 => Just(Op::Forget),
     ];
@@ -78,6 +81,24 @@ impl Names {
     fn window(&mut self, window: &Window) -> Vec<String> {
         let top = format!("top {}", self.of(window.top));
         window.entries.iter().map(|entry| self.entry(entry)).chain([top]).collect()
+    }
+
+    fn page(&mut self, page: &Page) -> Vec<String> {
+        let mut name = |id: Option<Cursor>| id.map(|id| self.of(id));
+        let told = page.told.iter().map(|told| match told {
+            Told::Event { cursor, payload } => format!("{:?}: {payload:?}", name(Some(*cursor))),
+            Told::Gap(gap) => format!("after {:?} next {:?}: {:?}", name(gap.after), name(gap.next), gap.reason),
+        });
+        let told = told.collect::<Vec<_>>();
+        told.into_iter().chain([format!("more {}", page.has_more)]).collect()
+    }
+
+    fn range(&self, at: Option<(bool, usize)>) -> Range {
+        match at {
+            Some((true, at)) => Range::After(self.id(at)),
+            Some((false, at)) => Range::Before(self.id(at)),
+            None => Range::Newest,
+        }
     }
 
     fn marked(&mut self, marked: Marked) -> String {
@@ -175,6 +196,15 @@ impl Both {
                     let in_memory = self.memory.read(&channel, in_memory, &retention, at);
                     assert_eq!(there.window(&at_redis), here.window(&in_memory), "{op:?}");
                 }
+                Op::Page(range, limit) => {
+                    let (at_redis, in_memory) = (there.range(*range), here.range(*range));
+                    let read = place.read_page(&mut self.link, (at_redis, *limit), &retention, at.random).await;
+                    let page = read.unwrap().page(at_redis, *limit);
+                    let whole = place.read(&mut self.link, None, &retention, at.random).await.unwrap();
+                    assert_eq!(page, whole.page(at_redis, *limit), "{op:?}");
+                    let read = self.memory.read_page(&channel, in_memory, *limit, &retention, at);
+                    assert_eq!(there.page(&page), here.page(&read.page(in_memory, *limit)), "{op:?}");
+                }
                 Op::Age => {
                     now_ms += 3_600_000;
                     redis::cmd("XTRIM")
@@ -191,6 +221,7 @@ impl Both {
                 }
                 Op::Forget => {
                     now_ms += 86_400_000;
+                    self.next_ms().await;
                     let all = redis::cmd("DEL").arg(&place.top).exec_async(&mut self.link).await;
                     all.unwrap();
                     for key in 0..4 {
@@ -206,6 +237,16 @@ impl Both {
             }
         }
         self.check_keys(&place, &retention).await;
+    }
+
+    /// Until an id that is given now is newer than those before, as it is in memory.
+    async fn next_ms(&mut self) {
+        let mut ms = async || {
+            let time = redis::cmd("TIME").query_async::<(u64, u64)>(&mut self.link).await.unwrap();
+            time.0 * 1000 + time.1 / 1000
+        };
+        let before = ms().await;
+        while ms().await == before {}
     }
 
     /// All keys expire, the stream with its newest entry.

@@ -39,6 +39,7 @@ mod failover;
 mod faults;
 mod history;
 mod history_model;
+mod history_pages;
 mod history_script;
 mod hub_model;
 mod inbox;
