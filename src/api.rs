@@ -38,6 +38,7 @@ use crate::cluster::Answers;
 use crate::connection::Connection;
 use crate::cursor::Cursor;
 use crate::history_reader;
+use crate::hub::Histories;
 use crate::ledger;
 use crate::presence_reader::{self, Question};
 use crate::protocol::{self, ErrorCode, Refusal};
@@ -130,6 +131,9 @@ impl Api {
         shared.metrics.subscriptions.set(subscriptions as i64);
         shared.metrics.ledger(ledger::frame_bytes(), ledger::arriving_bytes());
         shared.metrics.channels.set(self.broker.hub.len() as i64);
+        if let Histories::Memory(memory) = self.broker.hub.histories() {
+            shared.metrics.history_memory.set(memory.bytes() as i64);
+        }
         let mut response = text(StatusCode::OK, shared.metrics.text());
         let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
         response.headers_mut().insert(header::CONTENT_TYPE, kind);

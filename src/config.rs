@@ -17,7 +17,7 @@ use bytesize::ByteSize;
 use crate::api_keys::KeyList;
 use crate::auth_config::AuthConfig;
 use crate::edge_config::EdgeConfig;
-use crate::limits_config::LimitsConfig;
+use crate::limits_config::{LimitsConfig, machine_bytes};
 use crate::outbox;
 use crate::redis_config::{
     PREFIX_ALLOWED, REDIS_URL_ALLOWED, RedisMode, has_database, masked_url, masked_urls, redis_mode, redis_prefix,
@@ -28,6 +28,8 @@ use crate::variables::VARIABLES;
 
 /// Names that Kubernetes injects for a Service called `hubcast`, with `HUBCAST_` cut off.
 const KUBERNETES: [&str; 3] = ["SERVICE_", "PORT_", "PORT"];
+
+const HISTORY_MEMORY_ALLOWED: &str = "a size of at least 1MiB such as 256MiB or 4GiB";
 
 /// Descriptors kept for everything that is not a WebSocket connection: the internal listener's
 /// connections, refusals in progress, Redis, the runtime.
@@ -92,6 +94,8 @@ pub struct Config {
     pub subscriptions_max: usize,
     /// How much is allowed in time, and over many connections.
     pub limits: LimitsConfig,
+    /// `HUBCAST_HISTORY_MEMORY_MAX`
+    pub history_memory_max: usize,
     /// `HUBCAST_DRAIN_TIME`
     pub drain_time: Duration,
     /// `HUBCAST_CHANNEL_RULES` and `HUBCAST_COALESCE`
@@ -175,6 +179,7 @@ impl Config {
             publish_bytes_max: values.size("HUBCAST_PUBLISH_BYTES_MAX")?,
             subscriptions_max: values.number("HUBCAST_SUBSCRIPTIONS_MAX")?,
             limits: LimitsConfig::parse(&values, worker_threads)?,
+            history_memory_max: values.get("HUBCAST_HISTORY_MEMORY_MAX", HISTORY_MEMORY_ALLOWED, history_memory_max)?,
             drain_time: values.duration("HUBCAST_DRAIN_TIME")?,
             channel_rules: values.channel_rules()?,
             log: values.get("HUBCAST_LOG", "a level (error, warn, info, debug, trace) or directives", log_filter)?,
@@ -281,6 +286,7 @@ impl Config {
                     "HUBCAST_MESSAGE_BYTES_MAX" => size(self.message_bytes_max),
                     "HUBCAST_PUBLISH_BYTES_MAX" => size(self.publish_bytes_max),
                     "HUBCAST_SUBSCRIPTIONS_MAX" => self.subscriptions_max.to_string(),
+                    "HUBCAST_HISTORY_MEMORY_MAX" => size(self.history_memory_max),
                     "HUBCAST_DRAIN_TIME" => time(self.drain_time),
                     "HUBCAST_CHANNEL_RULES" => self.channel_rules.to_string(),
                     "HUBCAST_COALESCE" => time(self.channel_rules.coalesce_default()),
@@ -397,6 +403,14 @@ pub(crate) fn size(bytes: usize) -> String {
     let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
     let unit = units.into_iter().find(|(shift, _)| bytes > 0 && bytes.is_multiple_of(1 << shift));
     unit.map_or_else(|| format!("{bytes}B"), |(shift, unit)| format!("{}{unit}", bytes >> shift))
+}
+
+fn history_memory_max(text: &str) -> Option<usize> {
+    if text.is_empty() {
+        return Some(machine_bytes() / 8);
+    }
+    let bytes = text.parse::<ByteSize>().ok()?.0;
+    (bytes >= 1 << 20).then_some(bytes as usize)
 }
 
 fn address(text: &str) -> Option<SocketAddr> {

@@ -53,6 +53,9 @@ const BACKLOG: u32 = 4096;
 /// How long peers may take to read what they have and to answer the last closes of a drain.
 const DRAIN_GRACE: Duration = Duration::from_secs(16);
 
+/// How often histories in memory are looked at for whether they take too much: at 1 GB/s that is 20 MB.
+const ROOM_INTERVAL: Duration = Duration::from_millis(20);
+
 /// How often entries of a history in memory are looked through for those that are too old to be kept.
 const EXPIRE_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -386,6 +389,9 @@ fn history_tasks(config: &Config, broker: &Arc<Broker>, questions: history_reade
     if !config.channel_rules.any_history() {
         return Vec::new();
     }
+    if let Histories::Memory(memory) = broker.hub.histories() {
+        memory.bound(config.history_memory_max, broker.shared.metrics.history_forgotten.clone());
+    }
     let key_prefix = config.redis_key_prefix.as_str().into();
     let reader = history_reader::run(Arc::clone(broker), key_prefix, questions);
     vec![tokio::spawn(reader), tokio::spawn(expire(Arc::clone(broker)))]
@@ -411,12 +417,17 @@ fn authentication_tasks(config: &Config, broker: &Arc<Broker>) -> Vec<JoinHandle
     ]
 }
 
-/// Has what is too old forgotten, where the history is here.
+/// Has what is too old forgotten, and what there is no room for, where the history is here.
 async fn expire(broker: Arc<Broker>) {
     let Histories::Memory(memory) = broker.hub.histories() else { return };
+    let mut expired = Instant::now();
     loop {
-        tokio::time::sleep(EXPIRE_INTERVAL).await;
-        memory.expire(clock::unix_ms(clock::now_us()));
+        tokio::time::sleep(ROOM_INTERVAL).await;
+        memory.make_room();
+        if expired.elapsed() > EXPIRE_INTERVAL {
+            expired = Instant::now();
+            memory.expire(clock::unix_ms(clock::now_us()));
+        }
     }
 }
 

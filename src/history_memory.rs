@@ -4,15 +4,17 @@
 //! entries is the order of the channel, and a join misses nothing. Lock order: answers, past, then the hub's.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use dashmap::DashMap;
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::cursor::Cursor;
-use crate::history_store::{Chain, Entry, IDEMPOTENCY_WINDOW, Loss, Marked, Moment, Retention, Window};
+use crate::history_store::{Chain, Entry, IDEMPOTENCY_WINDOW, Loss, Marked, Moment, Rank, Retention, Window};
 use crate::history_view::{Range, Start};
+use crate::sharded::Count;
 
 /// Channels that nobody is in. Anybody can make one by subscribing, so beyond this they are forgotten, first those of which
 /// only the position is left, then those published to longest ago: whoever comes back to one begins anew.
@@ -26,6 +28,21 @@ const ANSWERS_MAX: usize = 1 << 16;
 pub struct Memory {
     channels: DashMap<Box<str>, Arc<Past>>,
     answers: Mutex<Answers>,
+    room: Arc<Room>,
+}
+
+/// How much there is room for in all channels together.
+#[derive(Debug, Default)]
+struct Room {
+    /// Bytes of all entries.
+    taken: AtomicUsize,
+    bound: OnceLock<Bound>,
+}
+
+#[derive(Debug)]
+struct Bound {
+    bytes_max: usize,
+    forgotten: Count,
 }
 
 /// The past of one channel.
@@ -33,6 +50,7 @@ pub struct Memory {
 pub struct Past {
     retention: Retention,
     chain: Mutex<Chain>,
+    room: Arc<Room>,
 }
 
 /// What was answered to publishes that may be repeated.
@@ -70,21 +88,64 @@ impl Published {
     }
 }
 
-/// A past while nobody else changes it.
+/// A past while nobody else changes it. What it takes then is counted at the end.
 #[derive(Debug)]
 pub struct Held<'a> {
     chain: MutexGuard<'a, Chain>,
     retention: &'a Retention,
+    room: &'a Room,
+    /// What it is counted with.
+    counted: usize,
 }
 
 impl Past {
     /// Keeps everybody else away from it.
     pub fn hold(&self) -> Held<'_> {
-        Held { chain: self.chain.lock(), retention: &self.retention }
+        let chain = self.chain.lock();
+        Held { counted: chain.bytes(), chain, retention: &self.retention, room: &self.room }
+    }
+}
+
+impl Drop for Past {
+    fn drop(&mut self) {
+        self.room.change(self.chain.get_mut().bytes(), 0);
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.room.change(self.counted, self.chain.bytes());
+    }
+}
+
+impl Room {
+    fn change(&self, before: usize, after: usize) {
+        // A sum that wraps around goes down.
+        self.taken.fetch_add(after.wrapping_sub(before), Ordering::Relaxed);
     }
 }
 
 impl Held<'_> {
+    /// Drops the oldest entries while there is no room for all.
+    fn make_room(&mut self) {
+        let Some(bound) = self.room.bound.get() else { return };
+        self.room.change(std::mem::replace(&mut self.counted, self.chain.bytes()), self.chain.bytes());
+        while self.room.taken.load(Ordering::Relaxed) > bound.bytes_max && self.chain.forget_oldest() {
+            bound.forgotten.inc();
+            self.room.change(std::mem::replace(&mut self.counted, self.chain.bytes()), self.chain.bytes());
+        }
+    }
+
+    /// Drops the entries that go before others, up to a rank.
+    fn forget(&mut self, last: Rank) {
+        while self.chain.ranks().next().is_some_and(|(rank, _)| rank <= last) {
+            self.chain.forget_oldest();
+            if let Some(bound) = self.room.bound.get() {
+                bound.forgotten.inc();
+            }
+        }
+    }
+
     /// See [`Chain::read`].
     pub fn read(&mut self, unless: Option<Cursor>, at: Moment) -> Window {
         self.chain.read(unless, self.retention, at)
@@ -102,12 +163,43 @@ impl Held<'_> {
 }
 
 impl Memory {
+    /// Bounds what all entries take together; to be said once. Counts those that go for that before their rule says.
+    pub fn bound(&self, bytes_max: usize, forgotten: Count) {
+        let _ = self.room.bound.set(Bound { bytes_max, forgotten });
+    }
+
+    /// What all entries take.
+    pub fn bytes(&self) -> usize {
+        self.room.taken.load(Ordering::Relaxed)
+    }
+
+    /// Where seven eighths of the room are taken: drops the oldest entries of all channels until three quarters are. To be
+    /// called often; what is published meanwhile finds its room in its own channel.
+    pub fn make_room(&self) {
+        let Some(bytes_max) = self.room.bound.get().map(|bound| bound.bytes_max) else { return };
+        if self.bytes() <= bytes_max / 8 * 7 {
+            return;
+        }
+        let mut ranks = Vec::new();
+        self.channels.iter().for_each(|past| ranks.extend(past.chain.lock().ranks()));
+        ranks.sort_unstable();
+        let mut excess = self.bytes().saturating_sub(bytes_max / 4 * 3);
+        let last = ranks.into_iter().find(|(_, bytes)| {
+            excess = excess.saturating_sub(*bytes);
+            excess == 0
+        });
+        if let Some((last, _)) = last {
+            self.channels.iter().for_each(|past| past.hold().forget(last));
+        }
+    }
+
     /// The past of a channel; a new one if there is none.
     pub fn past(&self, channel: &str, retention: &Retention) -> Arc<Past> {
         if let Some(past) = self.channels.get(channel) {
             return Arc::clone(&past);
         }
-        let fresh = || Arc::new(Past { retention: *retention, chain: Mutex::default() });
+        let room = || Arc::clone(&self.room);
+        let fresh = || Arc::new(Past { retention: *retention, chain: Mutex::default(), room: room() });
         Arc::clone(&self.channels.entry(channel.into()).or_insert_with(fresh))
     }
 
@@ -123,9 +215,10 @@ impl Memory {
     ) -> Published {
         let append = || {
             let past = self.past(channel, retention);
-            let mut chain = past.chain.lock();
-            let entry = chain.publish(payload, retention, at);
+            let mut held = past.hold();
+            let entry = held.chain.publish(payload, retention, at);
             deliver(&entry);
+            held.make_room();
             entry
         };
         let Some(key) = key else { return Published::Appended(append()) };
@@ -143,7 +236,7 @@ impl Memory {
 
     /// See [`Chain::mark`].
     pub fn mark(&self, channel: &str, loss: &Loss, retention: &Retention, at: Moment) -> (Marked, Option<Entry>) {
-        self.past(channel, retention).chain.lock().mark(loss, retention, at)
+        self.past(channel, retention).hold().chain.mark(loss, retention, at)
     }
 
     /// See [`Chain::read`].
@@ -160,11 +253,11 @@ impl Memory {
     pub fn expire(&self, now_ms: u64) -> usize {
         let mut idle = Vec::new();
         self.channels.retain(|_, past| {
-            let mut chain = past.chain.lock();
+            let mut held = past.hold();
             // Whoever holds it may be about to use it.
             let is_used = Arc::strong_count(past) > 1;
-            let is_gone = chain.expire(&past.retention, now_ms) && !is_used;
-            idle.extend((!is_used && !is_gone).then(|| chain.worth()));
+            let is_gone = held.chain.expire(&past.retention, now_ms) && !is_used;
+            idle.extend((!is_used && !is_gone).then(|| held.chain.worth()));
             !is_gone
         });
         if let Some(last) = idle.len().checked_sub(IDLE_MAX + 1) {

@@ -17,6 +17,9 @@ use crate::history_view::{Range, Room};
 /// How long the answer to a publish with an idempotency key is remembered.
 pub const IDEMPOTENCY_WINDOW: Duration = Duration::from_secs(5 * 60);
 
+/// What an entry in memory takes beside its payload.
+const ENTRY_BYTES: usize = 128;
+
 /// How long a position lives at least without being used.
 const POSITION_TTL_MIN: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -89,6 +92,11 @@ impl Entry {
             Content::Event(payload) => payload.len(),
             Content::Marker(_) => 0,
         }
+    }
+
+    /// What it takes in memory.
+    fn bytes(&self) -> usize {
+        self.len() + ENTRY_BYTES
     }
 
     /// Whether it has no payload, or an empty one.
@@ -194,10 +202,15 @@ impl Window {
     }
 }
 
+/// When an entry goes where there is no room: the last one of its channel, and of which millisecond.
+pub(crate) type Rank = (bool, u64);
+
 /// One channel's chain: its stream and its position.
 #[derive(Clone, Debug, Default)]
 pub struct Chain {
     stream: VecDeque<Entry>,
+    /// What that takes.
+    bytes: usize,
     top: Option<Cursor>,
     /// When the position is forgotten.
     expires_ms: u64,
@@ -210,6 +223,7 @@ impl Chain {
             Some(top) => top,
             None => {
                 self.stream.clear();
+                self.bytes = 0;
                 Cursor::genesis(at.now_ms, at.random)
             }
         };
@@ -221,15 +235,35 @@ impl Chain {
     /// Drops what is too old.
     fn trim(&mut self, retention: &Retention, now_ms: u64) {
         while self.stream.front().is_some_and(|entry| entry.id.ms + retention.ttl_ms() <= now_ms) {
-            self.stream.pop_front();
+            self.forget_oldest();
         }
+    }
+
+    /// Drops the oldest entry, if there is one.
+    pub(crate) fn forget_oldest(&mut self) -> bool {
+        let oldest = self.stream.pop_front();
+        self.bytes -= oldest.as_ref().map_or(0, Entry::bytes);
+        oldest.is_some()
+    }
+
+    /// What its entries take.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// What goes first where there is no room for all entries of all channels, oldest first here: the old ones, and the
+    /// last one of a channel after all others. With what it takes.
+    pub(crate) fn ranks(&self) -> impl Iterator<Item = (Rank, usize)> + '_ {
+        let newest = self.stream.len().saturating_sub(1);
+        self.stream.iter().enumerate().map(move |(at, entry)| ((at == newest, entry.id.ms), entry.bytes()))
     }
 
     fn append(&mut self, top: Cursor, content: Content, retention: &Retention, at: Moment) -> Entry {
         let entry = Entry { id: top.next(at.now_ms, at.random), previous: top, content };
+        self.bytes += entry.bytes();
         self.stream.push_back(entry.clone());
         while self.stream.len() > retention.size {
-            self.stream.pop_front();
+            self.forget_oldest();
         }
         self.top = Some(entry.id);
         entry

@@ -161,7 +161,7 @@ fn memory_max(text: &str) -> Option<usize> {
 }
 
 /// The memory of the machine, or of the container (cgroup v2 or v1) if that has less; 2 GiB where nothing says so.
-fn machine_bytes() -> usize {
+pub(crate) fn machine_bytes() -> usize {
     let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
         let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
         Some(line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()? << 10)

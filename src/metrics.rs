@@ -92,6 +92,10 @@ pub struct Metrics {
     pub history_reads: Count,
     /// Break markers written: losses inside Redis that this instance noticed first.
     pub history_breaks: Count,
+    /// Bytes of the histories in memory.
+    pub history_memory: Gauge,
+    /// Entries of histories in memory that went before their rule says, for want of room.
+    pub history_forgotten: Count,
     /// Joins and leaves that channels were told.
     pub presence_events: Count,
     /// Microseconds the last probe took through Redis and back.
@@ -163,6 +167,12 @@ impl Default for Metrics {
             backfilled: register(r, "backfilled", "Events that slow consumers missed, and were told from the history"),
             history_reads: register(r, "history_reads", "Reads of a channel's stream or position for its continuity"),
             history_breaks: register(r, "history_breaks", "Losses inside Redis that this instance marked in a stream"),
+            history_memory: register(r, "history_memory_bytes", "Bytes of the histories in memory"),
+            history_forgotten: register(
+                r,
+                "history_forgotten",
+                "Entries of histories in memory that went before their time, for want of room",
+            ),
             presence_events: register(r, "presence_events", "Joins and leaves that channels were told"),
             probe_lag_us: register(r, "redis_probe_lag_microseconds", "How long the last probe took through Redis"),
             registry,

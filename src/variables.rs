@@ -206,6 +206,11 @@ pub const VARIABLES: &[Variable] = &[
         "What frames that wait and messages that arrive may take. From 3/4 on, connections and publishes get 503, then the clients that are slow for longest are closed with 1013. Default: half of what the container or machine has.",
     ),
     variable(
+        "HUBCAST_HISTORY_MEMORY_MAX",
+        "",
+        "Without Redis, what the histories of all channels may take. The oldest events go first then, earlier than their rule says; whoever asks for them is told. Default: an eighth of what the container or machine has.",
+    ),
+    variable(
         "HUBCAST_DRAIN_TIME",
         "20s",
         "Closes are spread over this on SIGTERM: below the 30 s that Kubernetes waits.",

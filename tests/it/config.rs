@@ -28,6 +28,7 @@ fn bad_values_stop_the_start_with_one_line_that_says_what_is_allowed() {
         ("HUBCAST_COMMANDS_PER_SECOND", "many", "0 for no limit"),
         ("HUBCAST_BYTES_PER_SECOND", "100B", "at least 1KiB"),
         ("HUBCAST_MEMORY_MAX", "1MiB", "at least 8MiB"),
+        ("HUBCAST_HISTORY_MEMORY_MAX", "1000KiB", "at least 1MiB"),
         ("HUBCAST_WORKER_THREADS", "0", "a number from 1 to 1024"),
         ("HUBCAST_REDIS_URL", "localhost:6379", "redis://"),
         ("HUBCAST_REDIS_URL", "redis://localhost,http://localhost", "redis://"),

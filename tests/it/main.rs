@@ -40,6 +40,7 @@ mod faults;
 mod history;
 mod history_model;
 mod history_pages;
+mod history_room;
 mod history_script;
 mod hub_model;
 mod inbox;
