@@ -14,7 +14,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::guests::{self, Guests, Stay, Unwelcome};
 use crate::limits_config::LimitsConfig;
 use crate::meter::{Meter, Rate};
-use crate::metrics::Refused;
+use crate::metrics::{Refused, Scope};
+use crate::tab::{Bounds, Share, Tab};
 
 /// Who finds no place, not for a rate's sake, comes back at a random moment within this time.
 const PLACE_WAIT: Duration = Duration::from_secs(5);
@@ -36,6 +37,8 @@ pub struct Admission {
     handshakes: Mutex<Handshakes>,
     addresses: Arc<Guests<IpAddr>>,
     users: Arc<Guests<Box<str>>>,
+    /// What all connections do together, if that is limited.
+    instance: Option<Arc<Tab>>,
 }
 
 #[derive(Debug, Default)]
@@ -59,7 +62,14 @@ pub struct Denied {
 #[derive(Debug)]
 pub struct Place {
     _place: OwnedSemaphorePermit,
-    _address: Option<Stay<IpAddr>>,
+    address: Option<Stay<IpAddr>>,
+}
+
+impl Place {
+    /// Its place among the connections of its address, where that is known before a proxy tells it.
+    pub fn address(&self) -> Option<&Stay<IpAddr>> {
+        self.address.as_ref()
+    }
 }
 
 /// A handshake in progress, until it is dropped.
@@ -69,8 +79,9 @@ pub struct Pending {
 }
 
 impl Admission {
-    /// Limits as configured, for so many connections.
-    pub fn new(limits: &LimitsConfig, connections_max: usize) -> Self {
+    /// Limits as configured, for so many connections. What users do together counts only where they show who they are.
+    pub fn new(limits: &LimitsConfig, connections_max: usize, is_authenticated: bool) -> Self {
+        let bounds = |scope| limits.bounds(scope);
         Self {
             places: Arc::new(Semaphore::new(connections_max)),
             connections_max,
@@ -78,8 +89,19 @@ impl Admission {
             pending_max: limits.handshakes_pending_max,
             rate: limits.handshakes.rate(),
             handshakes: Mutex::default(),
-            addresses: Guests::new(limits.connections_per_address, limits.handshakes_per_address.rate()),
-            users: Guests::new(limits.connections_per_user, Rate::UNLIMITED),
+            addresses: Guests::new(
+                limits.connections_per_address,
+                limits.handshakes_per_address.rate(),
+                Some(bounds(Scope::Address)),
+            ),
+            users: Guests::new(
+                limits.connections_per_user,
+                Rate::UNLIMITED,
+                is_authenticated.then(|| bounds(Scope::User)),
+            ),
+            instance: Some(bounds(Scope::Instance))
+                .filter(Bounds::is_limited)
+                .map(|it| Arc::new(Tab::new(Arc::new(it)))),
         }
     }
 
@@ -99,7 +121,7 @@ impl Admission {
         let place = permit(&self.places, Refused::Limit)?;
         let pending = permit(&self.pending, Refused::Pending)?;
         self.handshakes.lock().admit(&self.rate, now_us)?;
-        Ok((Place { _place: place, _address: address }, Pending { _permit: pending }))
+        Ok((Place { _place: place, address }, Pending { _permit: pending }))
     }
 
     /// Whether more than half of the handshakes that may be in progress are: whoever comes then has to hurry, so that
@@ -117,6 +139,11 @@ impl Admission {
             Unwelcome::Connections => Denied { why: Refused::AddressConnections, wait: random(PLACE_WAIT) },
             Unwelcome::Handshakes(wait) => Denied { why: Refused::AddressRate, wait },
         })
+    }
+
+    /// What a connection shares with all others.
+    pub fn share(&self) -> Option<Share> {
+        self.instance.as_ref().map(Share::new)
     }
 
     /// A place for somebody who is told that there is none for him: as long as more than half of all are free.
@@ -137,7 +164,7 @@ impl Admission {
 
 impl Handshakes {
     fn admit(&mut self, rate: &Rate, now_us: u64) -> Result<(), Denied> {
-        self.admitted.try_take(rate, now_us).map_err(|_| {
+        self.admitted.try_take(rate, 1, now_us).map_err(|_| {
             // Each gets a turn of its own, one after another at the rate; whole seconds blur that by one.
             let wait = if self.refused.ahead(now_us) < WAIT_MAX {
                 let _ = self.refused.take(rate, 1, now_us);

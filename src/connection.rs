@@ -2,7 +2,7 @@
 //! its signs of life. The reading side is its own task's (`session.rs`).
 
 use std::io::{self, IoSlice};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context as TaskContext, Poll};
@@ -134,6 +134,11 @@ impl Connection {
     /// The client's address as text: without a port where a proxy told none.
     pub fn remote(&self) -> String {
         if self.remote.port() == 0 { self.remote.ip().to_string() } else { self.remote.to_string() }
+    }
+
+    /// The client's address.
+    pub fn address(&self) -> IpAddr {
+        self.remote.ip()
     }
 
     /// Whose it is.

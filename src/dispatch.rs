@@ -13,7 +13,7 @@ use crate::fanout::Fanout;
 use crate::history_reader::Question;
 use crate::history_view::Range;
 use crate::identity::Action;
-use crate::metrics::{Limited, Source};
+use crate::metrics::{Limit, Limited, Source};
 use crate::presence_reader;
 use crate::protocol::{Command, ErrorCode, Refusal, Request, Target, Wanted};
 use crate::publication::Payload;
@@ -99,6 +99,11 @@ impl Session {
         channels_max > 0 && hub.len() >= channels_max && hub.channel(channel).is_none()
     }
 
+    /// Whether one more subscription would be too many of those that share the user, address or instance.
+    fn shared_subscription_too_many(&self, channel: &str) -> Option<(Limit, &'static str)> {
+        self.allowance.refuses_subscription().filter(|_| !self.subscriptions.contains(channel))
+    }
+
     /// Carries out one element of a batch after another; a bad one does not stop the rest.
     fn each(
         &mut self,
@@ -128,6 +133,11 @@ impl Session {
             self.connection.shared().metrics.limited(Limited::Subscriptions);
             let refusal = Refusal::new(ErrorCode::LimitExceeded, "too many subscriptions on this connection");
             return self.reply(&event::error(id, &refusal, Some(channel)), fanout);
+        }
+        if let Some((limit, message)) = self.shared_subscription_too_many(channel) {
+            self.connection.shared().metrics.limited(limit);
+            return self
+                .reply(&event::error(id, &Refusal::new(ErrorCode::LimitExceeded, message), Some(channel)), fanout);
         }
         if self.is_channel_too_many(channel) {
             self.connection.shared().metrics.limited(Limited::Channels);
@@ -170,7 +180,8 @@ impl Session {
         self.submit(&mut fanout);
     }
 
-    pub(crate) fn note_subscriptions(&self) {
+    pub(crate) fn note_subscriptions(&mut self) {
+        self.allowance.subscribed(self.subscriptions.len());
         self.connection.subscriptions.store(self.subscriptions.len(), Ordering::Relaxed);
     }
 

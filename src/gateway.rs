@@ -46,6 +46,7 @@ use crate::registry::{self, Registry};
 use crate::servers::Servers;
 use crate::session::{End, SessionContext};
 use crate::tls::Tls;
+use crate::waiting::Waiting;
 
 /// Connections that the kernel keeps for us while we are busy.
 const BACKLOG: u32 = 4096;
@@ -327,7 +328,11 @@ fn public(config: Config, broker: &Arc<Broker>, ended: &Arc<Ended>, tls: Option<
             message_bytes_max: config.message_bytes_max,
             subscriptions_max: config.subscriptions_max,
             allowances: config.limits.allowances(),
-            admission: Arc::new(Admission::new(&config.limits, connections_max(config.connections_max))),
+            admission: Arc::new(Admission::new(
+                &config.limits,
+                connections_max(config.connections_max),
+                config.auth.jwt.is_some(),
+            )),
             ping_interval: config.ping_interval,
         }),
         refusals: Arc::new(Semaphore::new(RESERVED_FILES / 4)),
@@ -356,13 +361,14 @@ fn background(config: &Config, broker: &Arc<Broker>) -> Vec<JoinHandle<()>> {
         pong_timeout_us: micros(config.pong_timeout),
         write_timeout_us: micros(config.write_timeout),
     };
-    tasks.push(tokio::spawn(sweep(Arc::clone(shared), liveness)));
+    let waiting = Waiting::new(&config.limits);
+    tasks.push(tokio::spawn(sweep(Arc::clone(shared), liveness, waiting)));
     tasks.push(tokio::spawn(memory::watch(Arc::clone(shared))));
     tasks
 }
 
 /// Looks at every connection a few times within the shortest interval: no timer per connection.
-async fn sweep(shared: Arc<Shared>, liveness: Liveness) {
+async fn sweep(shared: Arc<Shared>, liveness: Liveness, mut waiting: Waiting) {
     let shortest = liveness.ping_interval_us.min(liveness.pong_timeout_us).min(liveness.write_timeout_us);
     let period = Duration::from_micros((shortest / 8).clamp(10_000, 100_000));
     let mut looked_us = clock::now_us();
@@ -379,7 +385,9 @@ async fn sweep(shared: Arc<Shared>, liveness: Liveness) {
         let mut fanout = Fanout::default();
         for connection in &shared.connections {
             connection.sweep(now, was_stopped, &ping, &liveness, &mut fanout);
+            waiting.note(&connection);
         }
+        waiting.shed();
         shared.submit(&mut fanout);
     }
 }

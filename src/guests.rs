@@ -1,7 +1,7 @@
 //! Who has how many connections here, and how fast they come: by address, and by user.
 //!
-//! An entry lives while its guest has a connection, or came so often lately that its handshakes still
-//! count. Strangers without a connection are bounded by [`STRANGERS_MAX`]; beyond it those who have no
+//! An entry lives while its guest has a connection, or came so often or did so much lately that it still
+//! counts. Strangers without a connection are bounded by [`STRANGERS_MAX`]; beyond it those who have no
 //! entry yet are let in uncounted: the limits of the instance hold for them, and nobody can lock others
 //! out by filling the table. An IPv6 guest is its /64, which is what one subscriber gets (RFC 6177).
 
@@ -14,9 +14,11 @@ use std::time::Duration;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
 
+use crate::clock;
 use crate::meter::{Meter, Rate};
+use crate::tab::{Bounds, Tab};
 
-/// Most entries without a connection: 6 MB of addresses.
+/// Most entries without a connection: 12 MB of addresses.
 pub const STRANGERS_MAX: usize = 65_536;
 
 /// How often a full table is looked through, at most.
@@ -32,12 +34,15 @@ pub struct Guests<K: Eq + Hash> {
     swept_us: AtomicU64,
     connections_max: usize,
     handshakes: Rate,
+    /// What the connections of a guest may do together, if that is limited.
+    bounds: Option<Arc<Bounds>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Guest {
     connections: usize,
     handshakes: Meter,
+    tab: Option<Arc<Tab>>,
 }
 
 /// Why a guest may not have one more connection.
@@ -51,7 +56,14 @@ pub enum Unwelcome {
 
 /// Counts one connection of a guest until it is dropped. Nothing is kept where nothing is limited.
 #[derive(Debug)]
-pub struct Stay<K: Eq + Hash>(Option<Box<(Arc<Guests<K>>, K)>>);
+pub struct Stay<K: Eq + Hash>(Option<Box<Counted<K>>>);
+
+#[derive(Debug)]
+struct Counted<K: Eq + Hash> {
+    guests: Arc<Guests<K>>,
+    key: K,
+    tab: Option<Arc<Tab>>,
+}
 
 impl<K: Eq + Hash> Default for Stay<K> {
     /// Not counted.
@@ -61,14 +73,15 @@ impl<K: Eq + Hash> Default for Stay<K> {
 }
 
 impl<K: Eq + Hash + Clone> Guests<K> {
-    /// Guests that may have so many connections each (0: any number), and come so often.
-    pub fn new(connections_max: usize, handshakes: Rate) -> Arc<Self> {
+    /// Guests that may have so many connections each (0: any number), come so often, and do so much.
+    pub fn new(connections_max: usize, handshakes: Rate, bounds: Option<Bounds>) -> Arc<Self> {
         Arc::new(Self {
             known: DashMap::with_hasher(foldhash::quality::RandomState::default()),
             stays: AtomicUsize::new(0),
             swept_us: AtomicU64::new(0),
             connections_max,
             handshakes,
+            bounds: bounds.filter(Bounds::is_limited).map(Arc::new),
         })
     }
 
@@ -77,22 +90,28 @@ impl<K: Eq + Hash + Clone> Guests<K> {
     /// # Errors
     /// Why not.
     pub fn enter(self: &Arc<Self>, key: &K, now_us: u64) -> Result<Stay<K>, Unwelcome> {
-        if self.connections_max == 0 && !self.handshakes.is_limited() {
+        if self.connections_max == 0 && !self.handshakes.is_limited() && self.bounds.is_none() {
             return Ok(Stay::default());
         }
         let is_full = self.is_full(now_us);
         let mut guest = match self.known.entry(key.clone()) {
             Entry::Occupied(known) => known.into_ref(),
             Entry::Vacant(_) if is_full => return Ok(Stay::default()),
-            Entry::Vacant(unknown) => unknown.insert(Guest::default()),
+            Entry::Vacant(unknown) => unknown.insert(self.guest()),
         };
         if self.connections_max > 0 && guest.connections >= self.connections_max {
             return Err(Unwelcome::Connections);
         }
-        guest.handshakes.try_take(&self.handshakes, now_us).map_err(Unwelcome::Handshakes)?;
+        guest.handshakes.try_take(&self.handshakes, 1, now_us).map_err(Unwelcome::Handshakes)?;
         guest.connections += 1;
         self.stays.fetch_add(1, Ordering::Relaxed);
-        Ok(Stay(Some(Box::new((Arc::clone(self), key.clone())))))
+        let counted = Counted { guests: Arc::clone(self), key: key.clone(), tab: guest.tab.clone() };
+        Ok(Stay(Some(Box::new(counted))))
+    }
+
+    fn guest(&self) -> Guest {
+        let tab = self.bounds.as_ref().map(|bounds| Arc::new(Tab::new(Arc::clone(bounds))));
+        Guest { connections: 0, handshakes: Meter::default(), tab }
     }
 
     /// How many entries there are.
@@ -114,21 +133,34 @@ impl<K: Eq + Hash + Clone> Guests<K> {
         let swept_us = self.swept_us.load(Ordering::Relaxed);
         if now_us.saturating_sub(swept_us) >= SWEEP_INTERVAL_US {
             self.swept_us.store(now_us, Ordering::Relaxed);
-            self.known.retain(|_, guest| guest.connections > 0 || !guest.handshakes.ahead(now_us).is_zero());
+            self.known.retain(|_, guest| guest.connections > 0 || guest.is_owed(now_us));
         }
         self.known.len() >= entries_max
     }
 }
 
+impl Guest {
+    fn is_owed(&self, now_us: u64) -> bool {
+        !self.handshakes.ahead(now_us).is_zero() || self.tab.as_ref().is_some_and(|tab| tab.is_owed(now_us))
+    }
+}
+
+impl<K: Eq + Hash> Stay<K> {
+    /// What the guest's connections do together, if that is limited.
+    pub fn tab(&self) -> Option<&Arc<Tab>> {
+        self.0.as_ref()?.tab.as_ref()
+    }
+}
+
 impl<K: Eq + Hash> Drop for Stay<K> {
     fn drop(&mut self) {
-        let Some((guests, key)) = self.0.take().map(|stay| *stay) else { return };
+        let Some(Counted { guests, key, .. }) = self.0.take().map(|stay| *stay) else { return };
         guests.stays.fetch_sub(1, Ordering::Relaxed);
-        // Whoever comes often is remembered until that is over.
-        let is_remembered = guests.handshakes.is_limited();
+        // Whoever comes often or does much is remembered until that is over.
+        let is_counted = guests.handshakes.is_limited();
         guests.known.remove_if_mut(&key, |_, guest| {
             guest.connections -= 1;
-            guest.connections == 0 && !is_remembered
+            guest.connections == 0 && !is_counted && !guest.is_owed(clock::now_us())
         });
     }
 }

@@ -51,6 +51,55 @@ pub enum Limited {
     Memory,
 }
 
+/// Whose connections share a limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Those of one user who has shown a token.
+    User,
+    /// Those of one address; of IPv6, one /64.
+    Address,
+    /// All of this instance.
+    Instance,
+}
+
+impl Scope {
+    pub(crate) const LABELS: [&'static str; 3] = ["user", "address", "instance"];
+}
+
+/// What connections may do or hold only so much of together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Together {
+    /// `HUBCAST_RATES_PER_...`
+    Commands,
+    /// `HUBCAST_RATES_PER_...`
+    Publishes,
+    /// `HUBCAST_RATES_PER_...`
+    Bytes,
+    /// `HUBCAST_SUBSCRIPTIONS_PER_...`
+    Subscriptions,
+    /// `HUBCAST_MEMORY_PER_...`
+    Memory,
+}
+
+impl Together {
+    pub(crate) const LABELS: [&'static str; 5] = ["commands", "publishes", "bytes", "subscriptions", "memory"];
+}
+
+/// A limit that somebody who is connected met: of the connection or of the instance, or one that he shares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    /// His own.
+    Own(Limited),
+    /// One that all connections of somebody share.
+    Shared(Scope, Together),
+}
+
+impl From<Limited> for Limit {
+    fn from(limited: Limited) -> Self {
+        Self::Own(limited)
+    }
+}
+
 impl Limited {
     pub(crate) const LABELS: [&'static str; 8] =
         ["commands", "publishes", "pings", "bad_requests", "bytes", "subscriptions", "channels", "memory"];

@@ -22,8 +22,8 @@
 //! `revocation`) → `identity` (user, capabilities: `pattern`s) → `access`, which decides from it and the channel's rule, for each command.
 //!
 //! # How much of it
-//! `admission` (before the upgrade: `guests`, by address and user) → `allowance` (what one connection may do, in `meter`s) →
-//! `ledger` (what waits in all) → `memory` (nobody new, then who is slow goes).
+//! `admission` (before the upgrade: `guests`, by address and user) → `allowance` (what one connection may do, in `meter`s; on a `tab`,
+//! what those of its user, address and instance may together) → `ledger` (what waits in all) → `memory` (nobody new, then who is slow goes).
 //!
 //! # One request, from the API to all instances
 //! `api` (HTTP; `api_keys` say who may, answers in `answer`) → `actions` → `admin` (what this instance does) and `cluster` (envelopes through Redis to
@@ -74,7 +74,9 @@ pub mod guests;
 pub mod ledger;
 pub mod memory;
 pub mod meter;
+pub mod tab;
 pub mod turned_away;
+pub mod waiting;
 
 pub mod access;
 pub mod authenticator;

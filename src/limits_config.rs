@@ -8,7 +8,9 @@ use bytesize::ByteSize;
 use crate::allowance::Allowances;
 use crate::config::{ConfigError, Values, size};
 use crate::meter::Rate;
+use crate::metrics::Scope;
 use crate::session::READ_BYTES;
+use crate::tab::Bounds;
 
 /// Handshakes a second of one worker thread. One costs 35 us of CPU without TLS (README, "Numbers"), so that
 /// this is a third of a core, and a burst of it is over within a second.
@@ -35,6 +37,7 @@ const MEMORY_ALLOWED: &str = "a size of at least 8MiB such as 512MiB or 4GiB";
 const MEMORY_BYTES_MIN: u64 = 8 << 20;
 
 const COUNT_ALLOWED: &str = "a number up to 1000000000, 0 for no limit";
+const FACTOR_ALLOWED: &str = "a number up to 1000000, 0 for no limit";
 
 /// The limits that are counted in time or over many connections.
 #[derive(Clone, Copy, Debug)]
@@ -63,6 +66,19 @@ pub struct LimitsConfig {
     pub channels_max: usize,
     /// `HUBCAST_MEMORY_MAX`
     pub memory_max: usize,
+    /// What those of a user, of an address and of the instance may do together, by [`Scope`].
+    pub together: [Limits; 3],
+}
+
+/// What connections may do together; 0: no limit.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// `HUBCAST_RATES_PER_USER`, `_ADDRESS`, `_INSTANCE`: as much as so many connections.
+    pub rates: usize,
+    /// `HUBCAST_SUBSCRIPTIONS_PER_USER`, `_ADDRESS`, `_INSTANCE`
+    pub subscriptions: usize,
+    /// `HUBCAST_MEMORY_PER_USER`, `_ADDRESS`; of the instance it is the ledger's.
+    pub memory: usize,
 }
 
 /// So many a second; 0: no limit.
@@ -91,8 +107,23 @@ impl LimitsConfig {
         }
     }
 
+    /// What all connections of one user, of one address, or of this instance may do together.
+    pub fn bounds(&self, scope: Scope) -> Bounds {
+        let Limits { rates, subscriptions, memory } = self.together[scope as usize];
+        Bounds {
+            scope,
+            commands: Count(self.commands.0 * rates).rate(),
+            publishes: Count(self.publishes.0 * rates).rate(),
+            bytes: Rate::new(self.bytes_per_second * rates, SECOND, SECOND),
+            subscriptions_max: subscriptions,
+            memory_max: memory,
+        }
+    }
+
     pub(crate) fn parse(values: &Values, worker_threads: usize) -> Result<Self, ConfigError> {
         let count = |name| values.get(name, COUNT_ALLOWED, count);
+        let factor = |name| values.get(name, FACTOR_ALLOWED, factor);
+        let bytes = |name| values.get(name, BYTES_ALLOWED, bytes_or_none);
         let handshakes = values.get("HUBCAST_HANDSHAKES_PER_SECOND", COUNT_ALLOWED, |text| match text {
             "" if values.text("HUBCAST_TLS_CERT").is_empty() => Some(HANDSHAKES_PER_WORKER * worker_threads),
             "" => Some(TLS_HANDSHAKES_PER_WORKER * worker_threads),
@@ -108,9 +139,26 @@ impl LimitsConfig {
             publishes: Count(count("HUBCAST_PUBLISHES_PER_SECOND")?),
             pings: Count(count("HUBCAST_PINGS_PER_SECOND")?),
             bad_requests_per_minute: count("HUBCAST_BAD_REQUESTS_PER_MINUTE")?,
-            bytes_per_second: values.get("HUBCAST_BYTES_PER_SECOND", BYTES_ALLOWED, bytes_per_second)?,
+            bytes_per_second: values.get("HUBCAST_BYTES_PER_SECOND", BYTES_ALLOWED, bytes_or_none)?,
             channels_max: values.get("HUBCAST_CHANNELS_MAX", COUNT_ALLOWED, channels_max)?,
             memory_max: values.get("HUBCAST_MEMORY_MAX", MEMORY_ALLOWED, memory_max)?,
+            together: [
+                Limits {
+                    rates: factor("HUBCAST_RATES_PER_USER")?,
+                    subscriptions: count("HUBCAST_SUBSCRIPTIONS_PER_USER")?,
+                    memory: bytes("HUBCAST_MEMORY_PER_USER")?,
+                },
+                Limits {
+                    rates: factor("HUBCAST_RATES_PER_ADDRESS")?,
+                    subscriptions: count("HUBCAST_SUBSCRIPTIONS_PER_ADDRESS")?,
+                    memory: bytes("HUBCAST_MEMORY_PER_ADDRESS")?,
+                },
+                Limits {
+                    rates: factor("HUBCAST_RATES_PER_INSTANCE")?,
+                    subscriptions: count("HUBCAST_SUBSCRIPTIONS_PER_INSTANCE")?,
+                    memory: 0,
+                },
+            ],
         })
     }
 
@@ -126,16 +174,31 @@ impl LimitsConfig {
             "HUBCAST_PUBLISHES_PER_SECOND" => self.publishes.0.to_string(),
             "HUBCAST_PINGS_PER_SECOND" => self.pings.0.to_string(),
             "HUBCAST_BAD_REQUESTS_PER_MINUTE" => self.bad_requests_per_minute.to_string(),
-            "HUBCAST_BYTES_PER_SECOND" if self.bytes_per_second == 0 => "0".to_owned(),
-            "HUBCAST_BYTES_PER_SECOND" => size(self.bytes_per_second),
+            "HUBCAST_BYTES_PER_SECOND" => size_or_none(self.bytes_per_second),
             "HUBCAST_CHANNELS_MAX" => self.channels_max.to_string(),
             "HUBCAST_MEMORY_MAX" => size(self.memory_max),
+            name => return self.print_together(name),
+        })
+    }
+
+    fn print_together(&self, name: &str) -> Option<String> {
+        let (what, scope) = name.strip_prefix("HUBCAST_")?.split_once("_PER_")?;
+        let scope = Scope::LABELS.iter().position(|label| label.eq_ignore_ascii_case(scope))?;
+        let limits = &self.together[scope];
+        Some(match what {
+            "RATES" => limits.rates.to_string(),
+            "SUBSCRIPTIONS" => limits.subscriptions.to_string(),
+            "MEMORY" => size_or_none(limits.memory),
             _ => return None,
         })
     }
 }
 
-fn bytes_per_second(text: &str) -> Option<usize> {
+fn size_or_none(bytes: usize) -> String {
+    if bytes == 0 { "0".to_owned() } else { size(bytes) }
+}
+
+fn bytes_or_none(text: &str) -> Option<usize> {
     let bytes = text.parse::<ByteSize>().ok()?.0;
     (bytes == 0 || bytes >= BYTES_MIN).then_some(bytes as usize)
 }
@@ -169,6 +232,10 @@ pub(crate) fn machine_bytes() -> usize {
     let cgroups = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
     let cgroup = |path: &&str| fs::read_to_string(path).ok()?.trim().parse::<usize>().ok();
     machine.into_iter().chain(cgroups.iter().filter_map(cgroup)).min().unwrap_or(2 << 30)
+}
+
+fn factor(text: &str) -> Option<usize> {
+    count(text).filter(|number| *number <= 1_000_000)
 }
 
 fn count(text: &str) -> Option<usize> {

@@ -22,6 +22,7 @@ use tracing::{debug, warn};
 
 use crate::access::{self, Who};
 use crate::admission::{Denied, Pending, Place};
+use crate::allowance::Allowance;
 use crate::answer::ApiError;
 use crate::api::Api;
 use crate::authenticator::Authenticator;
@@ -43,6 +44,7 @@ use crate::proxies::Proxies;
 use crate::proxy_protocol;
 use crate::session::{Session, SessionContext};
 use crate::socket::Socket;
+use crate::tab::Share;
 use crate::tls::Tls;
 use crate::turned_away;
 
@@ -208,10 +210,11 @@ impl Public {
     }
 
     /// The whole life of a public connection.
-    async fn serve(&self, socket: TcpStream, peer: SocketAddr, (_place, pending): (Place, Pending)) {
+    async fn serve(&self, socket: TcpStream, peer: SocketAddr, (place, pending): (Place, Pending)) {
         // Boxed, so that the HTTP phase's memory is gone while the session lives.
         let Some(upgraded) = Box::pin(self.handshake(socket, peer)).await else { return };
-        let Upgraded { socket, behind, accepted: Accepted { mode, caller, remote, stay: _stay, .. } } = upgraded;
+        let Upgraded { socket, behind, accepted: Accepted { mode, caller, remote, stay, .. } } = upgraded;
+        let shares = self.shares(&caller, &stay, &place);
         // A stranger's handshake goes on until it has shown who it is.
         let pass = match (&caller, pending) {
             (Caller::Unasked(_), _) => None,
@@ -227,9 +230,22 @@ impl Public {
             // The drain began during the handshake, and may have closed everybody it knew of.
             connection.close(CloseReason::Drain);
         }
-        let session = Session::new(connection, Arc::clone(&self.sessions), pass, &behind, mode == Mode::Echo);
+        let allowance = Allowance::new(shares);
+        let session =
+            Session::new(connection, Arc::clone(&self.sessions), (pass, allowance), &behind, mode == Mode::Echo);
         drop(behind);
         guard.end = session.run(mode).await;
+    }
+
+    /// What a connection shares with others: of the user whose token it has shown, of its address, of this instance.
+    fn shares(&self, caller: &Caller, (user, told_address): &Stays, place: &Place) -> Vec<Share> {
+        let user = Some(user).filter(|_| matches!(caller, Caller::Known(_)));
+        let address = told_address.as_ref().or(place.address());
+        let tabs = [user.and_then(Stay::tab), address.and_then(Stay::tab)];
+        let shares = tabs.into_iter().flatten().map(Share::new).chain(self.sessions.admission.share());
+        let mut shares: Vec<_> = shares.collect();
+        shares.shrink_to_fit();
+        shares
     }
 
     /// Everything before the session, within the handshake timeout.

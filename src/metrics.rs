@@ -19,7 +19,7 @@ use crate::jwt::Fault;
 use crate::sharded::{Count, Histogram};
 use crate::writer::Writer;
 
-pub use crate::labels::{ApiRefused, Drop, Insecure, Limited, Link, Refused, Reloaded, Source};
+pub use crate::labels::{ApiRefused, Drop, Insecure, Limit, Limited, Link, Refused, Reloaded, Scope, Source, Together};
 
 /// The statuses that API answers are counted under; any other one is `other`.
 const STATUSES: [&str; 13] =
@@ -40,6 +40,7 @@ pub struct Metrics {
     refused: Labelled<{ Refused::LABELS.len() }>,
     api_refused: Labelled<3>,
     limited: Labelled<{ Limited::LABELS.len() }>,
+    shared_limited: [Labelled<{ Together::LABELS.len() }>; Scope::LABELS.len()],
     ledger: [Gauge; 2],
     authentications: Labelled<{ Fault::LABELS.len() + 1 }>,
     forbidden: Labelled<{ Action::ALL.len() }>,
@@ -121,6 +122,7 @@ impl Default for Metrics {
             refused: refused(r),
             api_refused: api_refused(r),
             limited: limited(r),
+            shared_limited: shared_limited(r),
             ledger: ledger(r),
             authentications: authentications(r),
             forbidden: forbidden(r),
@@ -198,8 +200,11 @@ impl Metrics {
     }
 
     /// Counts what a limit refused, closed or made to wait.
-    pub fn limited(&self, limit: Limited) {
-        self.limited[limit as usize].inc();
+    pub fn limited(&self, limit: impl Into<Limit>) {
+        match limit.into() {
+            Limit::Own(limit) => self.limited[limit as usize].inc(),
+            Limit::Shared(scope, what) => self.shared_limited[scope as usize][what as usize].inc(),
+        };
     }
 
     /// Counts an API request that was refused.
@@ -385,6 +390,14 @@ fn refused(registry: &mut Registry) -> Labelled<{ Refused::LABELS.len() }> {
 
 fn limited(registry: &mut Registry) -> Labelled<{ Limited::LABELS.len() }> {
     labelled(registry, "limited", "What was refused, closed or made to wait by a limit", "limit", Limited::LABELS)
+}
+
+fn shared_limited(registry: &mut Registry) -> [Labelled<{ Together::LABELS.len() }>; Scope::LABELS.len()] {
+    let family = Family::<[(&'static str, &'static str); 2], Count>::default();
+    let help = "What was refused, closed or made to wait by a limit that connections share";
+    registry.register("shared_limited", help, family.clone());
+    let counter = |scope, limit| family.get_or_create_owned(&[("scope", scope), ("limit", limit)]);
+    Scope::LABELS.map(|scope| Together::LABELS.map(|limit| counter(scope, limit)))
 }
 
 fn ledger(registry: &mut Registry) -> [Gauge; 2] {

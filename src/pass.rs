@@ -17,6 +17,7 @@ use crate::identity::{Action, Identity};
 use crate::jwt::Fault;
 use crate::protocol::{Command, ErrorCode, Refusal, Request};
 use crate::session::Session;
+use crate::tab::Share;
 
 /// What everybody is told whose token is refused: why is nobody's business who forges them.
 const INVALID: &str = "the token is not valid";
@@ -188,7 +189,10 @@ impl Session {
             Some(before) if before.user != identity.user => return Err("the token is another user's"),
             Some(_) => {}
             None => match self.context.admission.admit_user(identity.user.as_deref(), self.batch_us) {
-                Ok(stay) => (pass.stay, pass.stranger) = (stay, None),
+                Ok(stay) => {
+                    stay.tab().into_iter().for_each(|tab| self.allowance.share(Share::new(tab)));
+                    (pass.stay, pass.stranger) = (stay, None);
+                }
                 Err(denied) => {
                     self.connection.close(CloseReason::Overload(denied.message()));
                     return Ok(());

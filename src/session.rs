@@ -127,7 +127,7 @@ impl Session {
     pub fn new(
         connection: Open,
         context: Arc<SessionContext>,
-        pass: Option<Pass>,
+        (pass, allowance): (Option<Pass>, Allowance),
         backlog: &[u8],
         is_echo: bool,
     ) -> Self {
@@ -138,7 +138,7 @@ impl Session {
             connection,
             context,
             arriving: Arriving::default(),
-            allowance: Allowance::default(),
+            allowance,
             pass: pass.map(Box::new),
             batch_us: clock::now_us(),
             rest: Duration::ZERO,
@@ -157,8 +157,8 @@ impl Session {
             self.connection.close(CloseReason::Internal);
         }
         // From here on nothing is delivered to this connection, and it holds nothing while it waits for its peer.
-        let Self { connection, subscriptions, parser, arriving, backlog, late, unqueued, .. } = self;
-        drop((subscriptions, parser, arriving, backlog, late, unqueued));
+        let Self { connection, subscriptions, parser, arriving, allowance, backlog, late, unqueued, .. } = self;
+        drop((subscriptions, parser, arriving, allowance, backlog, late, unqueued));
         let is_clean = Box::pin(ending::finish(&connection)).await;
         let reason = connection.close_reason();
         debug!(connection = connection.id(), reason = reason.map(CloseReason::label), "disconnected");
@@ -219,6 +219,10 @@ impl Session {
             Mode::Raw(channel) if self.is_channel_too_many(channel) => {
                 self.connection.shared().metrics.limited(Limited::Channels);
                 self.connection.close(CloseReason::Overload("too many channels on this instance"));
+            }
+            Mode::Raw(_) if let Some((limit, message)) = self.allowance.refuses_subscription() => {
+                self.connection.shared().metrics.limited(limit);
+                self.connection.close(CloseReason::Overload(message));
             }
             Mode::Raw(channel) => {
                 self.subscriptions.subscribe(channel, None, &mut fanout);
@@ -329,11 +333,10 @@ impl Session {
                 let mut fanout = Fanout::default();
                 let rest = self.carry_out(&mut scratch.read[..len], &mut fanout);
                 self.backlog.extend_from_slice(rest);
-                self.note_arriving();
-                self.submit(&mut fanout);
-                self.rest = self.allowance.read(len, &self.context.allowances, self.batch_us);
-                if !self.rest.is_zero() {
-                    self.connection.shared().metrics.limited(Limited::Bytes);
+                self.end_turn(&mut fanout);
+                if let Some((rest, limit)) = self.allowance.read(len, &self.context.allowances, self.batch_us) {
+                    self.connection.shared().metrics.limited(limit);
+                    self.rest = self.rest.max(rest);
                 }
                 len >= TURN_BYTES
             }
@@ -352,8 +355,13 @@ impl Session {
         backlog.drain(..backlog.len() - rest);
         // An empty one keeps no memory: many were held back once.
         self.backlog = if backlog.is_empty() { Vec::new() } else { backlog };
+        self.end_turn(&mut fanout);
+    }
+
+    fn end_turn(&mut self, fanout: &mut Fanout<Arc<Connection>>) {
         self.note_arriving();
-        self.submit(&mut fanout);
+        self.submit(fanout);
+        self.rest = self.rest.max(self.allowance.rest());
     }
 
     /// Whoever adds to what is arriving while that is too much has to go, before it takes all memory; but not for a
@@ -362,9 +370,18 @@ impl Session {
         self.connection.assembles(self.parser.assembling_since_us());
         let memory = &self.connection.shared().memory;
         let held = self.parser.held() + self.backlog.capacity();
-        if self.arriving.set(held) && held > TRIFLE_BYTES && memory.is_arriving_too_much() {
-            self.connection.shared().metrics.limited(Limited::Memory);
-            self.connection.close(CloseReason::Overload("too much is arriving at once, come back later"));
+        let is_more = self.arriving.set(held);
+        let shared = self.allowance.arriving(held);
+        let excess = match shared {
+            _ if !is_more || held <= TRIFLE_BYTES => None,
+            None if memory.is_arriving_too_much() => {
+                Some((Limited::Memory.into(), "too much is arriving at once, come back later"))
+            }
+            shared => shared,
+        };
+        if let Some((limit, message)) = excess {
+            self.connection.shared().metrics.limited(limit);
+            self.connection.close(CloseReason::Overload(message));
         }
     }
 

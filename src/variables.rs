@@ -196,6 +196,38 @@ pub const VARIABLES: &[Variable] = &[
         "Commands that nobody can understand, of one connection; more end it with 1008. A client with a fault lives, a flood does not.",
     ),
     variable(
+        "HUBCAST_RATES_PER_USER",
+        "10",
+        "All connections of one user together may send so many times the commands, publishes and bytes of one. More are refused; nobody is closed for it, and coming back does not help. Needs HUBCAST_AUTH=jwt. 10: a person with ten busy pages. 0: no limit, as below.",
+    ),
+    variable(
+        "HUBCAST_RATES_PER_ADDRESS",
+        "0",
+        "The same for all connections of one address (of IPv6: one /64). Off: behind a proxy all have one address, and a mobile network has thousands of people behind one; on an open network 20 to 100.",
+    ),
+    variable(
+        "HUBCAST_RATES_PER_INSTANCE",
+        "0",
+        "The same for all connections of this instance. Off: they take turns as it is.",
+    ),
+    variable(
+        "HUBCAST_SUBSCRIPTIONS_PER_USER",
+        "0",
+        "Subscriptions of all connections of one user; more are refused with limit_exceeded. Off: how many pages one has is yours to say.",
+    ),
+    variable("HUBCAST_SUBSCRIPTIONS_PER_ADDRESS", "0", "The same for one address. Off, as its rates are."),
+    variable(
+        "HUBCAST_SUBSCRIPTIONS_PER_INSTANCE",
+        "0",
+        "The same for this instance: 150 bytes each. Off: connections and channels are limited already.",
+    ),
+    variable(
+        "HUBCAST_MEMORY_PER_USER",
+        "0",
+        "What may arrive in parts of messages of all connections of one user, and what may wait in the outboxes of those that are slow, such as 4MiB. Above it the one that adds to it, or is slow for longest, is closed with 1013. Off: each connection has its bounds.",
+    ),
+    variable("HUBCAST_MEMORY_PER_ADDRESS", "0", "The same for one address. Off, as its rates are."),
+    variable(
         "HUBCAST_CHANNELS_MAX",
         "",
         "Channels with a subscriber here, 1 KiB each. More are refused with limit_exceeded. Default: what fits into a quarter of the container's or machine's memory, at most 1000000. 0: no limit.",

@@ -156,8 +156,8 @@ fn a_meter_is_a_token_bucket() {
     assert_eq!(meter.take(&rate, 4, now), Verdict::Over(second * 9 / 10));
     // Whoever waits that long has the next one; who is refused without taking has it sooner.
     assert_eq!(meter.take(&rate, 1, now + 600_000), Verdict::Within);
-    assert_eq!(meter.try_take(&rate, now + 600_000), Err(second / 10));
-    assert_eq!(meter.try_take(&rate, now + 700_000), Ok(()));
+    assert_eq!(meter.try_take(&rate, 1, now + 600_000), Err(second / 10));
+    assert_eq!(meter.try_take(&rate, 1, now + 700_000), Ok(()));
     // More than a burst is as good as a burst; as much again in vain is abuse.
     assert_eq!(meter.take(&rate, 1000, now + 700_000), Verdict::Over(second * 2));
     assert_eq!(meter.take(&rate, 1, now + 700_000), Verdict::Abuse);
@@ -187,7 +187,7 @@ fn an_ipv6_guest_is_its_network_and_ipv4_has_one_spelling() {
 #[test]
 fn the_table_of_addresses_is_bounded() {
     let second = Duration::from_secs(1);
-    let guests = Guests::new(3, Rate::new(2, second, second));
+    let guests = Guests::new(3, Rate::new(2, second, second), None);
     let now = 1_000_000;
     let _stays: Vec<_> = (0..10).map(|key| guests.enter(&key, now).unwrap()).collect();
     for key in 10..STRANGERS_MAX as u32 * 2 {

@@ -65,6 +65,7 @@ mod slow;
 mod slow_policies;
 mod tidy;
 mod tls;
+mod together;
 mod websocket;
 
 mod fuzz;
