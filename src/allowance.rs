@@ -16,6 +16,13 @@ use crate::tab::{Share, too_many};
 /// 128 channels comes back in one go all the same, with a cursor and a token for each.
 const COSTLY_COMMANDS: usize = 50;
 
+/// Commands that are refused are read at so many times the rate: somebody who goes on is closed once as much again as
+/// a burst was tried in vain, and until then the others notice little of him.
+const HASTE: u32 = 2;
+
+/// After each command that nobody can understand nothing is read for so long: a client with a fault does not notice.
+const BAD_REQUEST_REST: Duration = Duration::from_millis(1);
+
 /// Who is refused for what others do is not read for so long at least: he is refused ten times a second, not a million.
 const SHARED_REST_MIN: Duration = Duration::from_millis(100);
 
@@ -94,11 +101,13 @@ impl Allowance {
         match meter.take(rate, count, now_us) {
             Verdict::Within => {}
             Verdict::Over(wait) => {
+                self.rest += rate.time_of(count) / HASTE;
                 return Err(Excess::Refused(limit.into(), rate_limited(wait, reason)));
             }
             Verdict::Abuse => return Err(Excess::Close(limit.into(), CloseReason::RateLimited(reason))),
         }
         if command.is_err() && may.bad_requests.is_limited() {
+            self.rest += BAD_REQUEST_REST;
             if self.bad_requests.take(&may.bad_requests, 1, now_us) != Verdict::Within {
                 let reason = CloseReason::RateLimited("too many bad requests");
                 return Err(Excess::Close(Limited::BadRequests.into(), reason));

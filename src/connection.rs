@@ -221,6 +221,11 @@ impl Connection {
         self.waker.wake();
     }
 
+    /// For the connection's own task: whether there is something for it to look at, see [`Wake::Asked`].
+    pub fn is_asked(&self) -> bool {
+        self.is_asked.load(Ordering::Acquire)
+    }
+
     /// For the connection's own task: the channels that it is to leave.
     pub fn take_asked(&self) -> Vec<Box<str>> {
         self.is_asked.store(false, Ordering::Release);
@@ -314,7 +319,7 @@ impl Connection {
         if self.poll_writable(context).is_ready() {
             return Poll::Ready(Wake::Writable);
         }
-        if may_read && self.is_asked.load(Ordering::Acquire) {
+        if may_read && self.is_asked() {
             return Poll::Ready(Wake::Asked);
         }
         if may_read && self.socket.tcp().poll_read_ready(context).is_ready() {

@@ -18,7 +18,7 @@ use crate::presence_reader;
 use crate::protocol::{Command, ErrorCode, Refusal, Request, Target, Wanted};
 use crate::publication::Payload;
 use crate::publisher::{Job, Reply};
-use crate::session::Session;
+use crate::session::{FRAME_WORK, Session};
 
 /// Bytes of the past that may wait for a client and it still gets more: a page of many channels that comes back.
 const REPLAY_BYTES_MAX: usize = 16 << 20;
@@ -40,6 +40,7 @@ impl Session {
             return;
         }
         if !matches!(request.command, Ok(Command::Publish { .. })) {
+            self.work += FRAME_WORK;
             self.answer(fanout);
         }
         if let Err(refusal) = self.check_pass(&request) {
@@ -116,6 +117,7 @@ impl Session {
             if !self.may_answer(id, fanout) {
                 return;
             }
+            self.work += FRAME_WORK;
             match target {
                 Ok(wanted) => carry_out(self, &wanted, fanout),
                 Err((given, refusal)) => self.reply(&event::error(id, &refusal, Some(&given)), fanout),

@@ -52,6 +52,11 @@ impl Rate {
         Self { interval_ns, burst_ns: (micros(burst) * 1000).max(interval_ns) }
     }
 
+    /// In what time so many are due: never more than a burst takes.
+    pub fn time_of(&self, count: usize) -> Duration {
+        Duration::from_nanos(self.cost_ns(count))
+    }
+
     /// A count above a burst is as good as a burst, or it could never be taken.
     fn cost_ns(&self, count: usize) -> u64 {
         self.interval_ns.saturating_mul(count as u64).min(self.burst_ns)

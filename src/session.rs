@@ -44,6 +44,13 @@ pub(crate) const READ_BYTES: usize = 64 << 10;
 /// A connection that sent so much at once lets others have their turn.
 const TURN_BYTES: usize = 16 << 10;
 
+/// A turn ends after so much work, in publishes: a quarter of what a lane writes at once, so that many who flood
+/// together hold up a publication little.
+const TURN_WORK: usize = 256;
+
+/// Whatever else a client sends counts as so many publishes, which are only put in their order.
+pub(crate) const FRAME_WORK: usize = 4;
+
 /// What a connection may hold of what is arriving, however much that is in all.
 const TRIFLE_BYTES: usize = 4 << 10;
 
@@ -111,6 +118,8 @@ pub struct Session {
     pub(crate) batch_us: u64,
     /// How long not to read, because it sent too much.
     rest: Duration,
+    /// What it did in this turn.
+    pub(crate) work: usize,
     is_echo: bool,
     /// Answers that the current frame may still have.
     pub(crate) answers_left: usize,
@@ -142,6 +151,7 @@ impl Session {
             pass: pass.map(Box::new),
             batch_us: clock::now_us(),
             rest: Duration::ZERO,
+            work: 0,
             is_echo,
             answers_left: ANSWERS_MAX,
             backlog: backlog.to_vec(),
@@ -184,7 +194,10 @@ impl Session {
                     self.catch_up();
                 }
                 // Much at once: whoever this batch scheduled is flushed before the next one is read.
-                Wake::Readable if self.read() => tokio::task::yield_now().await,
+                Wake::Readable if self.read() => {
+                    tokio::task::yield_now().await;
+                    self.work = 0;
+                }
                 Wake::Readable => {}
                 Wake::Asked => {
                     self.leave_asked();
@@ -278,12 +291,18 @@ impl Session {
                 }
             };
             let Some(verified) = self.wait(pin!(room)).await else { return };
+            self.work = 0;
             let mut fanout = Fanout::default();
             if let Some(verified) = verified {
                 self.take_verified(verified, &mut fanout);
             }
             let backlog = std::mem::take(&mut self.backlog);
             self.settle(fanout, backlog);
+            // Whoever sends without end has to leave a channel all the same.
+            if self.connection.is_asked() {
+                self.leave_asked();
+                self.catch_up();
+            }
         }
     }
 
@@ -338,7 +357,8 @@ impl Session {
                     self.connection.shared().metrics.limited(limit);
                     self.rest = self.rest.max(rest);
                 }
-                len >= TURN_BYTES
+                // What is left is carried out after a pause, in which they have it.
+                self.backlog.is_empty() && (len >= TURN_BYTES || self.work >= TURN_WORK)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => true,
@@ -396,7 +416,7 @@ impl Session {
         let now_us = clock::now_us();
         self.connection.seen(now_us);
         self.batch_us = now_us;
-        while !self.is_stalled() && !fanout.needs_pause() {
+        while !self.is_stalled() && !fanout.needs_pause() && self.work < TURN_WORK {
             match self.parser.next(&mut input, now_us) {
                 Ok(Some(message)) => self.handle(message, fanout),
                 Ok(None) => return &[],
@@ -410,6 +430,7 @@ impl Session {
     }
 
     fn handle(&mut self, message: Message<'_>, fanout: &mut Fanout<Arc<Connection>>) {
+        self.work += 1;
         match message {
             Message::Ping(_) | Message::Pong if self.is_ping_too_many(fanout) => {}
             Message::Ping(payload) => self.connection.pong(&payload, fanout),

@@ -37,6 +37,7 @@ mod eviction_model;
 mod eviction_world;
 mod failover;
 mod faults;
+mod floods;
 mod history;
 mod history_model;
 mod history_pages;
