@@ -74,7 +74,8 @@ impl Churn {
         let mut churners = Vec::new();
         for at in 0..usize::from(options.churners) {
             let addr = options.target.addr;
-            let mut socket = Stream::open(addr, &wire::upgrade(&addr.to_string(), "/ws"), options.target.tls)?;
+            let request = wire::upgrade(&addr.to_string(), "/ws", options.target.token.as_deref());
+            let mut socket = Stream::open(addr, &request, options.target.tls)?;
             let token = Token(COMPANION_TOKENS + at);
             registry.register(&mut socket.tcp, token, Interest::READABLE | Interest::WRITABLE)?;
             let commands = (0..options.churned).map(|number| {

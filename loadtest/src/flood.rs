@@ -118,12 +118,13 @@ impl Flood {
     fn start(options: &Options, kind: Kind) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let (addr, from) = (options.target.addr, options.from);
+        let request = wire::upgrade(&addr.to_string(), "/ws", options.target.token.as_deref());
         let flooder = |number| {
-            let stop = Arc::clone(&stop);
+            let (stop, request) = (Arc::clone(&stop), request.clone());
             std::thread::spawn(move || {
                 // On the core that measures too, the flood gives way to the measuring.
                 let _ = rustix::process::nice(19);
-                flood(kind, addr, from, number, &stop)
+                flood(kind, number, || connect(addr, from), &request, &stop)
             })
         };
         let threads = (0..options.flooders).map(flooder).collect();
@@ -143,19 +144,25 @@ impl Flood {
 }
 
 /// Connects and sends until it is told to stop, and comes back whenever it is thrown out.
-fn flood(kind: Kind, addr: SocketAddr, from: Option<IpAddr>, number: u16, stop: &AtomicBool) -> (u64, Ends) {
+fn flood(
+    kind: Kind,
+    number: u16,
+    connect: impl Fn() -> std::io::Result<TcpStream>,
+    request: &[u8],
+    stop: &AtomicBool,
+) -> (u64, Ends) {
     let (mut sent, mut ends) = (0, Ends::new());
     let chunk = chunk(kind, number);
     let mut held = Vec::new();
     while !stop.load(Ordering::Relaxed) {
-        let end = match connect(addr, from) {
+        let end = match connect() {
             Err(error) => format!("connect: {}", error.kind()),
             Ok(socket) if kind == Kind::Silence => {
                 held.push(socket);
                 held.drain(..held.len().saturating_sub(1_000));
                 "connected".to_owned()
             }
-            Ok(mut socket) => match upgrade(&mut socket, addr) {
+            Ok(mut socket) => match upgrade(&mut socket, request) {
                 Ok(101) if kind == Kind::Handshakes => "upgraded".to_owned(),
                 Ok(101) => send(&mut socket, &chunk, stop, &mut sent),
                 Ok(status) => format!("refused with {status}"),
@@ -184,8 +191,8 @@ fn connect(addr: SocketAddr, from: Option<IpAddr>) -> std::io::Result<TcpStream>
 }
 
 /// The status that an upgrade is answered with.
-fn upgrade(socket: &mut TcpStream, addr: SocketAddr) -> std::io::Result<u16> {
-    socket.write_all(&wire::upgrade(&addr.to_string(), "/ws"))?;
+fn upgrade(socket: &mut TcpStream, request: &[u8]) -> std::io::Result<u16> {
+    socket.write_all(request)?;
     let mut head = Vec::new();
     let mut buffer = [0; 4096];
     loop {

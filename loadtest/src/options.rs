@@ -17,6 +17,10 @@ pub(crate) struct Target {
     /// Speak TLS to it, and take any certificate
     #[arg(long)]
     pub tls: bool,
+    /// The token that every connection shows, where HUBCAST_AUTH is jwt: `hubcast token` mints one. Its user has a
+    /// user's limits, for all of them together
+    #[arg(long)]
+    pub token: Option<String>,
     /// How publications reach the gateway
     #[arg(long, value_enum, default_value = "socket")]
     via: Via,
@@ -91,6 +95,7 @@ impl Target {
             is_tls,
             redis_prefix: self.redis_prefix.clone(),
             api_key: self.api_key.clone(),
+            token: self.token.clone(),
         }
     }
 

@@ -30,6 +30,7 @@ pub(crate) struct Destination {
     pub is_tls: bool,
     pub redis_prefix: String,
     pub api_key: Option<String>,
+    pub token: Option<String>,
 }
 
 /// A group of publishers that take turns.
@@ -63,7 +64,7 @@ impl Publishers {
         registry: &Registry,
     ) -> anyhow::Result<Self> {
         let request = match destination.via {
-            Via::Socket => wire::upgrade(&destination.addr.to_string(), "/ws"),
+            Via::Socket => wire::upgrade(&destination.addr.to_string(), "/ws", destination.token.as_deref()),
             Via::Http | Via::Redis => Vec::new(),
         };
         let mut links = Vec::with_capacity(count);

@@ -87,7 +87,8 @@ impl Slow {
             socket.set_recv_buffer_size(RECEIVE_BYTES)?;
             socket.connect(&options.target.addr.into())?;
             let path = format!("/ws?channels={}", wire::channel(0));
-            (&socket).write_all(&wire::upgrade(&options.target.addr.to_string(), &path))?;
+            let token = options.target.token.as_deref();
+            (&socket).write_all(&wire::upgrade(&options.target.addr.to_string(), &path, token))?;
             socket.set_nonblocking(true)?;
             readers.push(Reader { socket: socket.into(), is_trickling: at >= options.stalled.into() });
         }

@@ -25,6 +25,7 @@ const READ_BYTES: usize = 1 << 20;
 pub(crate) struct Plan {
     pub addr: SocketAddr,
     pub is_tls: bool,
+    pub token: Option<String>,
     /// Local addresses to connect from, in turn; each has its own 28,000 ports. None: the system's choice.
     pub sources: Vec<IpAddr>,
     /// The number of the first connection, how many there are, and the step to the next.
@@ -211,7 +212,7 @@ impl Swarm {
         let names: Vec<_> =
             (0..self.plan.subscriptions).map(|slot| wire::channel(self.plan.channel(at, slot))).collect();
         let path = format!("/ws?channels={}", names.join(","));
-        let request = wire::upgrade(&self.plan.addr.to_string(), &path);
+        let request = wire::upgrade(&self.plan.addr.to_string(), &path, self.plan.token.as_deref());
         // A fresh socket takes a whole request.
         if !matches!(socket.write(&request), Ok(len) if len == request.len()) {
             self.end(at, "the request was not taken");

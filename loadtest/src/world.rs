@@ -322,6 +322,7 @@ pub(crate) fn plan(target: &Target, crowd: &Crowd, process: usize) -> Plan {
     Plan {
         addr: target.addr,
         is_tls: target.tls,
+        token: target.token.clone(),
         sources: target.sources.clone(),
         first: process,
         connections: (crowd.subscribers + target.processes - 1 - process) / target.processes,

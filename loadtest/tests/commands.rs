@@ -96,26 +96,32 @@ fn capacity_says_when_no_rate_holds() {
     assert_eq!(broken["notes"][0], "No rate held.");
 }
 
+/// Request heads that a server has read.
+type Heads = Arc<Mutex<Vec<String>>>;
+
 /// Serves the wire, but keeps one publication in ten to itself and sends another one twice.
-fn cheat() -> String {
+fn cheat() -> (String, Heads) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap().to_string();
-    let subscribers = Arc::new(Mutex::new(Vec::new()));
+    let (subscribers, heads) = (Arc::new(Mutex::new(Vec::new())), Heads::default());
+    let read = Arc::clone(&heads);
     std::thread::spawn(move || {
         for socket in listener.incoming() {
-            let subscribers = Arc::clone(&subscribers);
-            std::thread::spawn(move || serve_cheating(socket.unwrap(), &subscribers));
+            let (subscribers, heads) = (Arc::clone(&subscribers), Arc::clone(&heads));
+            std::thread::spawn(move || serve_cheating(socket.unwrap(), &subscribers, &heads));
         }
     });
-    addr
+    (addr, read)
 }
 
-fn serve_cheating(mut socket: TcpStream, subscribers: &Mutex<Vec<TcpStream>>) {
+fn serve_cheating(mut socket: TcpStream, subscribers: &Mutex<Vec<TcpStream>>, heads: &Heads) {
     let (mut input, mut buffer, mut is_upgraded, mut published) = (Vec::new(), [0; 4096], false, 0);
     while let Ok(len @ 1..) = socket.read(&mut buffer) {
         input.extend(&buffer[..len]);
         if !is_upgraded && let Some((_, head, rest)) = wire::split_head(&input) {
-            let is_subscriber = String::from_utf8_lossy(head).contains("channels=");
+            let head = String::from_utf8_lossy(head).into_owned();
+            let is_subscriber = head.contains("channels=");
+            heads.lock().unwrap().push(head);
             let mut answer = b"HTTP/1.1 101 Switching Protocols\r\n\r\n".to_vec();
             answer.extend(wire::frame(br#"{"type":"subscribed"}"#, false));
             socket.write_all(&answer).unwrap();
@@ -139,12 +145,15 @@ fn serve_cheating(mut socket: TcpStream, subscribers: &Mutex<Vec<TcpStream>>) {
 
 #[test]
 fn a_server_that_drops_and_repeats_is_found_out() {
-    let addr = cheat();
-    let output = loadtest("fanout --subscribers 3 --rate 200 --seconds 0.5", &addr);
+    let (addr, heads) = cheat();
+    let output = loadtest("fanout --subscribers 3 --rate 200 --seconds 0.5 --token a.b.c", &addr);
     let report = report(&output);
     assert!(!output.status.success());
     let publications = figure(&report, "publications");
     assert_eq!(publications, 100.0);
     assert_eq!(figure(&report, "lost"), 3.0 * publications / 10.0);
     assert_eq!(figure(&report, "repeated or out of order"), 3.0 * publications / 10.0);
+    let heads = heads.lock().unwrap();
+    assert_eq!(heads.len(), 4);
+    assert!(heads.iter().all(|head| head.contains("\r\nAuthorization: Bearer a.b.c\r\n")), "{heads:?}");
 }
