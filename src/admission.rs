@@ -115,12 +115,14 @@ impl Admission {
             return Err(Denied { why: Refused::Memory, wait: random(PLACE_WAIT) });
         }
         let address = addr.map(|addr| self.admit_address(addr, now_us)).transpose()?;
-        let permit = |semaphore: &Arc<Semaphore>, why| {
-            Arc::clone(semaphore).try_acquire_owned().map_err(|_| Denied { why, wait: random(PLACE_WAIT) })
-        };
-        let place = permit(&self.places, Refused::Limit)?;
-        let pending = permit(&self.pending, Refused::Pending)?;
-        self.handshakes.lock().admit(&self.rate, now_us)?;
+        let place = Arc::clone(&self.places).try_acquire_owned();
+        let place = place.map_err(|_| Denied { why: Refused::Limit, wait: random(PLACE_WAIT) })?;
+        let pending = Arc::clone(&self.pending).try_acquire_owned();
+        let mut handshakes = self.handshakes.lock();
+        let pending =
+            pending.map_err(|_| Denied { why: Refused::Pending, wait: handshakes.turn(&self.rate, now_us) })?;
+        handshakes.admit(&self.rate, now_us)?;
+        drop(handshakes);
         Ok((Place { _place: place, address }, Pending { _permit: pending }))
     }
 
@@ -164,16 +166,20 @@ impl Admission {
 
 impl Handshakes {
     fn admit(&mut self, rate: &Rate, now_us: u64) -> Result<(), Denied> {
-        self.admitted.try_take(rate, 1, now_us).map_err(|_| {
-            // Each gets a turn of its own, one after another at the rate; whole seconds blur that by one.
-            let wait = if self.refused.ahead(now_us) < WAIT_MAX {
-                let _ = self.refused.take(rate, 1, now_us);
-                self.refused.ahead(now_us)
-            } else {
-                WAIT_MAX / 2 + random(WAIT_MAX / 2)
-            };
-            Denied { why: Refused::Rate, wait }
-        })
+        let admitted = self.admitted.try_take(rate, 1, now_us);
+        admitted.map_err(|_| Denied { why: Refused::Rate, wait: self.turn(rate, now_us) })
+    }
+
+    /// When somebody who is refused may come: one after another at the rate. Whole seconds blur that by one.
+    fn turn(&mut self, rate: &Rate, now_us: u64) -> Duration {
+        if !rate.is_limited() {
+            random(PLACE_WAIT)
+        } else if self.refused.ahead(now_us) < WAIT_MAX {
+            let _ = self.refused.take(rate, 1, now_us);
+            self.refused.ahead(now_us)
+        } else {
+            WAIT_MAX / 2 + random(WAIT_MAX / 2)
+        }
     }
 }
 

@@ -61,6 +61,9 @@ const CROWDED_TIMEOUT: Duration = Duration::from_secs(2);
 /// Those that are idle end after the handshake timeout, so whoever waits has his turn.
 const INTERNAL_CONNECTIONS_MAX: usize = 128;
 
+/// Connections accepted before others have their turn: some 3 ms in a storm.
+const ACCEPTS_MAX: usize = 512;
+
 /// Longest pause after a failed accept, so that a full file table is no busy loop.
 const ACCEPT_PAUSE_MAX: Duration = Duration::from_millis(100);
 
@@ -89,10 +92,14 @@ pub struct Public {
     pub ended: Arc<Ended>,
 }
 
-/// Accepts WebSocket clients for ever.
+/// Accepts WebSocket clients for ever, many in a row: who does not fit into the kernel's queue tries again after a second,
+/// and notices nothing of an answer that he could have had at once.
 pub async fn public(listener: TcpListener, public: Arc<Public>) {
-    loop {
-        let (socket, remote) = accept(&listener, public.metrics()).await;
+    for number in 1_usize.. {
+        if number.is_multiple_of(ACCEPTS_MAX) {
+            tokio::task::yield_now().await;
+        }
+        let (socket, remote) = tokio::task::unconstrained(accept(&listener, public.metrics())).await;
         let is_tight = public.sessions.broker.shared.memory.is_tight();
         match public.sessions.admission.admit(public.own_address(remote), is_tight, clock::now_us()) {
             Ok((place, pending)) => {
