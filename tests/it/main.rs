@@ -43,6 +43,7 @@ mod history_model;
 mod history_pages;
 mod history_room;
 mod history_script;
+mod history_storm;
 mod hub_model;
 mod inbox;
 mod leases;
