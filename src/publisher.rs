@@ -38,6 +38,10 @@ const QUEUE_BYTES_MAX: usize = 64 << 20;
 /// Jobs of one pipeline.
 const PIPELINE_JOBS_MAX: usize = 512;
 
+/// A connection on which nothing was published for so long is asked whether it still answers: history is read on it, and a
+/// read that fails does not end it.
+const IDLE_TIME: Duration = Duration::from_secs(5);
+
 /// The sending side of the queue.
 #[derive(Debug)]
 pub struct Publisher {
@@ -239,12 +243,22 @@ impl Turn<'_> {
                 () = lost.notified() => return,
                 () = endpoint.moved() => return,
                 _ = jobs.recv_many(&mut batch, PIPELINE_JOBS_MAX) => {}
+                () = tokio::time::sleep(IDLE_TIME) => {
+                    tokio::select! {
+                        () = endpoint.moved() => return,
+                        is_alive = self.is_alive() => if !is_alive { return },
+                    }
+                }
             }
             refuse_expired(&mut batch, self.broker, self.timeout);
             if !batch.is_empty() && !self.publish(&mut batch, endpoint).await {
                 return;
             }
         }
+    }
+
+    async fn is_alive(&mut self) -> bool {
+        redis::cmd("PING").exec_async(&mut self.connection).await.is_ok()
     }
 
     /// Publishes a batch in one pipeline; false if the connection is of no more use.
