@@ -85,6 +85,9 @@ pub(crate) struct Options {
     /// How long a leaver stays on average, in seconds
     #[arg(long, default_value_t = 3.0, value_parser = rate)]
     stay: f64,
+    /// A connection on which nothing came for so long is given up, in seconds; a ping is sent five times as often
+    #[arg(long, default_value_t = 10.0, value_parser = rate)]
+    silence: f64,
     /// Publishers; each has one request under way at a time
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..))]
     publishers: u16,
@@ -244,11 +247,12 @@ type Seen = (usize, Vec<(usize, evidence::Log)>);
 
 fn clients(options: &Options, stage: &Arc<Stage>, seed: u64) -> JoinSet<Seen> {
     let mut clients = JoinSet::new();
+    let silence = Duration::from_secs_f64(options.silence);
     for number in 0..options.clients {
         let channels: Vec<_> = (0..options.subscriptions()).map(|at| (number + at) % options.channels).collect();
         let stay = (number < options.leavers).then(|| Duration::from_secs_f64(options.stay));
         let random = StdRng::seed_from_u64(seed.wrapping_add(number as u64));
-        let client = Client::new(Arc::clone(stage), &channels, stay, random);
+        let client = Client::new(Arc::clone(stage), &channels, stay, silence, random);
         clients.spawn(async move { (number, client.run().await) });
     }
     clients

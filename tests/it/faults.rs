@@ -2,183 +2,46 @@
 //!
 //! `FAULTS_SECONDS` and `FAULTS_SEED` make it longer, or repeat what failed.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use rand::rngs::StdRng;
-use rand::seq::SliceRandom;
-use rand::{RngExt, SeedableRng};
 use rustix::process::Signal;
-use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 
-use crate::binary::{Binary, exchange};
-use crate::harness::{Port, Process, Redis, eventually};
-use crate::proxy::Proxy;
+use crate::fault_world::{CHANNELS, Fault, Instance, World};
+use crate::harness::{Process, Redis, eventually, http};
 
-/// What `verify` publishes to.
-const CHANNELS: usize = 4;
+/// The kinds of keys, each without what it is of.
+const KINDS: [&str; 10] = [
+    "ws:conn",
+    "ws:connections",
+    "ws:history",
+    "ws:history_answer",
+    "ws:history_top",
+    "ws:instance",
+    "ws:instances",
+    "ws:presence",
+    "ws:presence_of",
+    "ws:presence_users",
+];
 
-const RULES: &str = r#"[{"match":"verify:*","history":{"size":1000,"ttl":"5m"}}]"#;
-
-/// Two instances, one of them behind a proxy, and a Redis that can come back as it was, or older.
-struct World {
-    redis: Redis,
-    _dir: TempDir,
-    proxy: Proxy,
-    instances: Vec<Instance>,
-    random: StdRng,
-    /// The faults that come before the first one comes again.
-    deck: Vec<u32>,
-}
-
-/// How many there are.
-const FAULTS: u32 = 10;
-
-struct Instance {
-    public: Port,
-    internal: Port,
-    redis_url: String,
-    binary: Option<Binary>,
-}
-
-impl Instance {
-    fn new(redis_url: String) -> Self {
-        let mut instance = Self { public: Port::claim(), internal: Port::claim(), redis_url, binary: None };
-        instance.start();
-        instance
-    }
-
-    fn start(&mut self) {
-        let (public, internal) = (self.public.addr().to_string(), self.internal.addr().to_string());
-        self.binary = Some(Binary::start(
-            2000,
-            &[
-                ("HUBCAST_LISTEN", &public),
-                ("HUBCAST_INTERNAL_LISTEN", &internal),
-                ("HUBCAST_REDIS_URL", &self.redis_url),
-                ("HUBCAST_CHANNEL_RULES", RULES),
-                ("HUBCAST_DRAIN_TIME", "500ms"),
-                ("HUBCAST_LOG", "off"),
-            ],
-        ));
-    }
-
-    async fn end(&mut self, signal: Signal) {
-        if let Some(binary) = self.binary.take() {
-            binary.process.signal(signal);
-            binary.end().await;
-        }
-    }
-
-    async fn ready(&self) {
-        eventually("the instance to be ready", async || {
-            let answer = exchange(self.internal.addr(), "GET /readyz HTTP/1.1\r\nHost: h\r\n\r\n").await?;
-            answer.starts_with("HTTP/1.1 200").then_some(())
-        })
-        .await;
-    }
-}
-
-impl World {
-    async fn new(seed: u64) -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
-        let mut redis = Redis::reserve_with("", &["--dir", dir.path().to_str().expect("UTF-8")]);
-        redis.restart().await;
-        let proxy = Proxy::start(redis.addr()).await;
-        let instances = vec![Instance::new(redis.url()), Instance::new(format!("redis://{}/", proxy.addr()))];
-        Self { redis, _dir: dir, proxy, instances, random: StdRng::seed_from_u64(seed), deck: Vec::new() }
-    }
-
-    fn millis(&mut self, range: std::ops::Range<u64>) -> Duration {
-        Duration::from_millis(self.random.random_range(range))
-    }
-
-    /// One more, and the end of it.
-    async fn fault(&mut self) -> &'static str {
-        let at = self.random.random_range(0..self.instances.len());
-        if self.deck.is_empty() {
-            self.deck = (0..FAULTS).collect();
-            self.deck.shuffle(&mut self.random);
-        }
-        match self.deck.pop().unwrap_or_default() {
-            0 => self.replace(at, Signal::KILL, "an instance is killed").await,
-            1 => self.replace(at, Signal::TERM, "an instance is drained").await,
-            2 => {
-                self.proxy.cut().await;
-                sleep(self.millis(200..1500)).await;
-                self.proxy.heal().await;
-                "links are cut"
-            }
-            3 => {
-                self.proxy.freeze();
-                sleep(self.millis(500..3000)).await;
-                self.proxy.heal().await;
-                "links are half open, then cut"
-            }
-            4 => {
-                self.redis.freeze();
-                sleep(self.millis(300..2500)).await;
-                self.redis.thaw();
-                "redis is frozen"
-            }
-            5 => self.order(&["CLIENT", "KILL", "TYPE", "PUBSUB"], "listening links are killed").await,
-            6 => self.order(&["CLIENT", "KILL", "TYPE", "NORMAL"], "publishing links are killed").await,
-            7 => self.order(&["SCRIPT", "FLUSH"], "the scripts are forgotten").await,
-            8 => self.come_back(true, "redis comes back as it was").await,
-            _ => self.come_back(false, "redis comes back older").await,
-        }
-    }
-
-    async fn replace(&mut self, at: usize, signal: Signal, what: &'static str) -> &'static str {
-        self.instances[at].end(signal).await;
-        self.instances[at].start();
-        what
-    }
-
-    /// Its own connection may be among those that are killed.
-    async fn order(&self, command: &[&str], what: &'static str) -> &'static str {
-        let _ = self.redis.query::<redis::Value>(command).await;
-        what
-    }
-
-    /// What was acknowledged is heard first: if nobody heard of it, nobody can tell that it is lost.
-    async fn come_back(&mut self, as_it_was: bool, what: &'static str) -> &'static str {
-        for channel in 0..CHANNELS {
-            let redis_channel = format!("hub:verify:{channel}");
-            eventually("somebody to follow the channel", async || {
-                (self.redis.numsub(&redis_channel).await > 0).then_some(())
-            })
-            .await;
-        }
-        // Whoever has just come back to it reads what it missed, which takes a moment; nothing says when it is over.
-        sleep(Duration::from_millis(300)).await;
-        self.redis.command(&["CLIENT", "PAUSE", "10000", "WRITE"]).await;
-        self.redis.command(&["PING"]).await;
-        if as_it_was {
-            self.redis.command(&["SAVE"]).await;
-        }
-        self.redis.kill();
-        sleep(self.millis(0..500)).await;
-        self.redis.restart().await;
-        what
-    }
-}
+/// Those that live on purpose without an end.
+const FOR_EVER: [&str; 0] = [];
 
 /// The checker, built with the workspace.
-fn verify(world: &World, seed: u64, seconds: u64) -> Process {
+fn verify(world: &World, seed: u64, seconds: u64, arguments: &[&str]) -> Process {
     let path = Path::new(env!("CARGO_BIN_EXE_hubcast")).with_file_name("hubcast-loadtest");
     assert!(path.exists(), "cargo build --workspace builds {}", path.display());
-    let list = |scheme: &str, port: fn(&Instance) -> &Port| {
-        let urls = world.instances.iter().map(|instance| format!("{scheme}://{}", port(instance).addr()));
-        urls.collect::<Vec<_>>().join(",")
-    };
+    let list = |url: fn(&_) -> String| world.instances.iter().map(url).collect::<Vec<_>>().join(",");
     let child = Command::new(path)
-        .args(["verify", "--quiet", "--url", &list("ws", |instance| &instance.public)])
-        .args(["--api", &list("http", |instance| &instance.internal)])
+        .args(["verify", "--quiet", "--url", &list(Instance::url)])
+        .args(["--api", &list(Instance::api)])
         .args(["--seconds", &seconds.to_string(), "--seed", &seed.to_string()])
         .args(["--rate", "200", "--settle", "8", "--leftovers", "10", "--channels", &CHANNELS.to_string()])
+        .args(["--silence", "3"])
+        .args(arguments)
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())
         .spawn()
@@ -191,25 +54,74 @@ fn setting(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn whatever_fails_nothing_is_lost_in_silence() {
-    let seed = setting("FAULTS_SEED").unwrap_or(7);
-    let seconds = setting("FAULTS_SECONDS").unwrap_or(20);
-    let mut world = World::new(seed).await;
-    for instance in &world.instances {
-        instance.ready().await;
+/// All that is at Redis, with the milliseconds that it has left.
+async fn keys(redis: &Redis) -> BTreeMap<String, i64> {
+    let mut keys = BTreeMap::new();
+    let mut cursor = "0".to_owned();
+    loop {
+        let (next, some): (String, Vec<String>) =
+            redis.query(&["SCAN", &cursor, "COUNT", "1000"]).await.expect("redis is there");
+        for key in some {
+            let left_ms = redis.query(&["PTTL", &key]).await.expect("redis is there");
+            keys.insert(key, left_ms);
+        }
+        if next == "0" {
+            // Gone between the two questions.
+            keys.retain(|_, left_ms| *left_ms != -2);
+            return keys;
+        }
+        cursor = next;
     }
-    let began = std::time::Instant::now();
-    let until = Instant::now() + Duration::from_secs(seconds);
-    let mut verify = verify(&world, seed, seconds);
+}
+
+fn kind(key: &str) -> &str {
+    let colon = key.match_indices(':').nth(1);
+    colon.map_or(key, |(at, _)| &key[..at])
+}
+
+fn assert_each_ends(keys: &BTreeMap<String, i64>) {
+    let stays = |(key, left_ms): &(&String, &i64)| **left_ms < 0 && !FOR_EVER.contains(&kind(key));
+    let staying: Vec<_> = keys.iter().filter(stays).collect();
+    assert!(staying.is_empty(), "no end is set for {staying:?}");
+}
+
+/// Whatever befell them, instances leave nothing at Redis that stays there.
+async fn assert_nothing_stays(world: &mut World) {
+    let client = world.instances[0].client("verify:0").await;
+    let answer = http(&world.instances[0], "POST /api/publish/verify:0", "Idempotency-Key: k\r\n", b"1").await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    let redis = world.pair.redis();
+    let keys_now = eventually("keys of every kind", async || {
+        let keys = keys(redis).await;
+        let kinds: BTreeSet<_> = keys.keys().map(|key| kind(key)).collect();
+        KINDS.iter().all(|kind| kinds.contains(kind)).then_some(keys)
+    })
+    .await;
+    assert_each_ends(&keys_now);
+    drop(client);
+    for instance in &mut world.instances {
+        instance.end(Signal::TERM).await;
+    }
+    let redis = world.pair.redis();
+    let clients: String = redis.query(&["CLIENT", "LIST"]).await.expect("redis is there");
+    assert!(!clients.contains("name=hubcast-"), "{clients}");
+    let channels: Vec<String> = redis.query(&["PUBSUB", "CHANNELS"]).await.expect("redis is there");
+    assert_eq!(channels, Vec::<String>::new());
+    assert_each_ends(&keys(redis).await);
+}
+
+/// Has these faults happen while the checker runs with these arguments.
+async fn nothing_is_lost(seed: u64, kinds: Vec<Fault>, arguments: &[&str]) -> usize {
+    let seconds = setting("FAULTS_SECONDS").unwrap_or(40);
+    let mut world = World::new(seed, kinds).await;
+    let began = Instant::now();
+    let mut verify = verify(&world, seed, seconds, arguments);
     let mut faults = Vec::new();
-    while Instant::now() < until {
+    while began.elapsed() < Duration::from_secs(seconds) {
         // Calm enough that the next fault meets a world that works; nothing waits for this.
         sleep(world.millis(300..1500)).await;
-        faults.push(world.fault().await);
-        for instance in &world.instances {
-            instance.ready().await;
-        }
+        let at_ms = began.elapsed().as_millis();
+        faults.push((at_ms, world.fault().await));
     }
     let status = tokio::task::spawn_blocking(move || {
         let status = verify.0.wait().expect("it ends");
@@ -217,17 +129,28 @@ async fn whatever_fails_nothing_is_lost_in_silence() {
         (status, report.expect("it is piped").expect("UTF-8"))
     });
     let (status, report) = status.await.expect("it does not panic");
-    assert!(status.success(), "seed {seed}, faults {faults:#?}\n{report}");
-    let keys: Vec<String> = world.redis.query(&["KEYS", "ws:history*"]).await.expect("redis is there");
-    assert!(!keys.is_empty());
-    for key in keys {
-        assert!(world.redis.query::<i64>(&["PTTL", &key]).await.expect("redis is there") > 0, "{key} stays for ever");
-    }
-    println!("{faults:#?}\n{report}");
-    crate::observe::fault(
-        "all faults mixed under load",
-        None,
-        began.elapsed(),
-        &format!("{} faults from seed {seed}: verify found nothing lost in silence", faults.len()),
-    );
+    assert!(status.success(), "seed {seed}, faults {faults:?}\n{report}");
+    println!("seed {seed}, faults {faults:?}\n{report}");
+    assert_nothing_stays(&mut world).await;
+    faults.len()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_fails_nothing_is_lost_in_silence() {
+    let seed = setting("FAULTS_SEED").unwrap_or(7);
+    let began = Instant::now();
+    let faults = nothing_is_lost(seed, Fault::ALL.to_vec(), &[]).await;
+    let what = format!("{faults} faults from seed {seed}: verify found nothing lost in silence, each key has an end");
+    crate::observe::fault("all faults mixed under load", None, began.elapsed(), &what);
+}
+
+/// Where Redis keeps what it acknowledged, a publish that is repeated until it is known to be there comes just once.
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_fails_a_repeated_publish_comes_once() {
+    let seed = setting("FAULTS_SEED").unwrap_or(7);
+    let began = Instant::now();
+    let kinds = Fault::ALL.into_iter().filter(|fault| !fault.is_loss()).collect();
+    let faults = nothing_is_lost(seed, kinds, &["--idempotent"]).await;
+    let what = format!("{faults} faults from seed {seed} that lose nothing: repeated publishes came once");
+    crate::observe::fault("all faults mixed under load", None, began.elapsed(), &what);
 }

@@ -6,7 +6,7 @@ use hubcast::gateway::Gateway;
 use hubcast::history_redis::publish_script;
 use serde_json::{Value, json};
 
-use crate::harness::{Client, HttpAnswer, Redis, await_metric, gateway, http, metric, ready};
+use crate::harness::{Client, HttpAnswer, Instance, Redis, await_metric, gateway, http, metric, ready};
 use crate::proxy::Proxy;
 
 pub const RULES: (&str, &str) = (
@@ -48,7 +48,7 @@ fn cursor(answer: &HttpAnswer) -> String {
     answer.json()["results"][0]["cursor"].as_str().expect("a cursor").to_owned()
 }
 
-pub async fn subscribe(gateway: &Gateway, channel: &str, after: Option<&str>) -> (Client, Value) {
+pub async fn subscribe(gateway: &impl Instance, channel: &str, after: Option<&str>) -> (Client, Value) {
     let mut client = Client::connect(gateway).await;
     let mut command = json!({"type": "subscribe", "channel": channel});
     if let Some(after) = after {

@@ -1,8 +1,8 @@
 //! A TCP proxy in front of anything, to cut, freeze or slow down the way between two that know nothing of it.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -20,7 +20,10 @@ const CHUNKS_MAX: usize = 64;
 /// Forwards connections on its own port to the target. Dropping it ends them all.
 pub struct Proxy {
     port: Port,
-    road: Arc<Road>,
+    /// That of new connections.
+    road: Arc<Mutex<Arc<Road>>>,
+    /// Those of connections that stay silent.
+    abandoned: Mutex<Vec<Arc<Road>>>,
     /// Listens and owns every connection; `None` while cut.
     accepting: Option<JoinHandle<()>>,
 }
@@ -29,19 +32,15 @@ pub struct Proxy {
 struct Road {
     target: SocketAddr,
     frozen: watch::Sender<bool>,
+    ended: watch::Sender<bool>,
     delay_us: AtomicU64,
     connections: AtomicUsize,
 }
 
 impl Proxy {
     pub async fn start(target: SocketAddr) -> Self {
-        let road = Road {
-            target,
-            frozen: watch::Sender::new(false),
-            delay_us: AtomicU64::new(0),
-            connections: AtomicUsize::new(0),
-        };
-        let mut proxy = Self { port: Port::claim(), road: Arc::new(road), accepting: None };
+        let road = Arc::new(Mutex::new(Road::to(target)));
+        let mut proxy = Self { port: Port::claim(), road, abandoned: Mutex::default(), accepting: None };
         proxy.heal().await;
         proxy
     }
@@ -50,9 +49,13 @@ impl Proxy {
         self.port.addr()
     }
 
+    fn road(&self) -> Arc<Road> {
+        Arc::clone(&self.road.lock().unwrap())
+    }
+
     /// How many clients are connected.
     pub fn connections(&self) -> usize {
-        self.road.connections.load(Ordering::Relaxed)
+        self.road().connections.load(Ordering::Relaxed)
     }
 
     /// Closes all connections, and refuses new ones until healed.
@@ -66,12 +69,35 @@ impl Proxy {
 
     /// Connections stand and new ones are accepted, but not a byte passes, nor the end of a connection.
     pub fn freeze(&self) {
-        self.road.frozen.send_replace(true);
+        self.road().frozen.send_replace(true);
+    }
+
+    /// The connections that stand are half open from now on: not a byte passes any more, nor their end, until they are
+    /// cut or buried. New ones know nothing of it.
+    pub fn abandon(&self) {
+        let target = self.road().target;
+        let lost = std::mem::replace(&mut *self.road.lock().unwrap(), Road::to(target));
+        lost.frozen.send_replace(true);
+        self.abandoned.lock().unwrap().push(lost);
+    }
+
+    /// Ends the connections that were abandoned, as either side's keepalive does in the end.
+    pub fn bury(&self) {
+        for road in self.abandoned.lock().unwrap().drain(..) {
+            road.ended.send_replace(true);
+        }
+    }
+
+    /// Cuts, and leads to another target from then on.
+    pub async fn lead_to(&mut self, target: SocketAddr) {
+        self.cut().await;
+        *self.road.lock().unwrap() = Road::to(target);
+        self.heal().await;
     }
 
     /// Undoes a cut or a freeze; what was sent meanwhile on a frozen connection arrives.
     pub async fn heal(&mut self) {
-        self.road.frozen.send_replace(false);
+        self.road().frozen.send_replace(false);
         if self.accepting.is_none() {
             let listener = TcpListener::bind(self.addr()).await.expect("the port is ours");
             self.accepting = Some(tokio::spawn(accept(listener, Arc::clone(&self.road))));
@@ -80,7 +106,7 @@ impl Proxy {
 
     /// What is read from now on arrives this much later, in each direction.
     pub fn delay(&self, delay: Duration) {
-        self.road.delay_us.store(delay.as_micros() as u64, Ordering::Relaxed);
+        self.road().delay_us.store(delay.as_micros() as u64, Ordering::Relaxed);
     }
 }
 
@@ -92,15 +118,21 @@ impl Drop for Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, road: Arc<Road>) {
+async fn accept(listener: TcpListener, road: Arc<Mutex<Arc<Road>>>) {
     // Aborted with the task that owns it.
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept() => {
                 let (client, _) = accepted.expect("there are file descriptors");
-                let counted = Counted::new(&road);
-                connections.spawn(async move { counted.0.forward(client).await });
+                let counted = Counted::new(&road.lock().unwrap());
+                connections.spawn(async move {
+                    let mut ended = counted.0.ended.subscribe();
+                    tokio::select! {
+                        _ = ended.wait_for(|ended| *ended) => Ok(()),
+                        forwarded = counted.0.forward(client) => forwarded,
+                    }
+                });
             }
             Some(_) = connections.join_next() => {}
         }
@@ -124,7 +156,13 @@ impl Drop for Counted {
 }
 
 impl Road {
-    /// Ends when both directions have, or at the first error: then both are closed.
+    fn to(target: SocketAddr) -> Arc<Self> {
+        let (delay_us, connections) = (AtomicU64::new(0), AtomicUsize::new(0));
+        let (frozen, ended) = (watch::Sender::new(false), watch::Sender::new(false));
+        Arc::new(Self { target, frozen, ended, delay_us, connections })
+    }
+
+    /// Ends when both directions have: as on a wire, what was sent before an end or an error arrives before it.
     async fn forward(&self, mut client: TcpStream) -> std::io::Result<()> {
         self.frozen_is(false).await;
         let mut server = TcpStream::connect(self.target).await?;
@@ -132,7 +170,7 @@ impl Road {
         server.set_nodelay(true)?;
         let (client_read, client_write) = client.split();
         let (server_read, server_write) = server.split();
-        tokio::try_join!(self.pass(client_read, server_write), self.pass(server_read, client_write))?;
+        tokio::join!(self.pass(client_read, server_write), self.pass(server_read, client_write));
         Ok(())
     }
 
@@ -141,25 +179,22 @@ impl Road {
     }
 
     /// One direction, up to its end.
-    async fn pass(&self, from: impl AsyncRead + Unpin, to: impl AsyncWrite + Unpin) -> std::io::Result<()> {
+    async fn pass(&self, from: impl AsyncRead + Unpin, to: impl AsyncWrite + Unpin) {
         let (sender, receiver) = mpsc::channel(CHUNKS_MAX);
-        tokio::try_join!(self.take_in(from, sender), self.give_out(receiver, to))?;
-        Ok(())
+        // Nobody is there any more to send to, or to be told of it.
+        let (_, _) = tokio::join!(self.take_in(from, sender), self.give_out(receiver, to));
     }
 
-    async fn take_in(
-        &self,
-        mut from: impl AsyncRead + Unpin,
-        queue: mpsc::Sender<(Instant, Vec<u8>)>,
-    ) -> std::io::Result<()> {
+    async fn take_in(&self, mut from: impl AsyncRead + Unpin, queue: mpsc::Sender<(Instant, Vec<u8>)>) {
         let mut buffer = vec![0; CHUNK_BYTES];
         loop {
-            let len = from.read(&mut buffer).await?;
+            // An error is an end.
+            let len = from.read(&mut buffer).await.unwrap_or(0);
             let delay = Duration::from_micros(self.delay_us.load(Ordering::Relaxed));
             // An empty chunk is the end, and as late as all others.
             let chunk = (Instant::now() + delay, buffer[..len].to_vec());
             if queue.send(chunk).await.is_err() || len == 0 {
-                return Ok(());
+                return;
             }
         }
     }
@@ -254,6 +289,47 @@ async fn a_frozen_proxy_accepts_and_passes_nothing_until_it_is_healed() {
     back(&mut during).await.unwrap();
     drop(during);
     eventually("one", async || (proxy.connections() == 1).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_are_abandoned_stay_silent_and_new_ones_pass() {
+    let mut proxy = Proxy::start(echo().await).await;
+    let mut before = TcpStream::connect(proxy.addr()).await.unwrap();
+    there_and_back(&mut before).await.unwrap();
+    proxy.abandon();
+    let mut after = TcpStream::connect(proxy.addr()).await.unwrap();
+    there_and_back(&mut after).await.unwrap();
+    proxy.heal().await;
+    before.write_all(b"0123456789").await.unwrap();
+    let mut answer = [0];
+    assert!(tokio::time::timeout(Duration::from_millis(100), before.read(&mut answer)).await.is_err());
+    proxy.bury();
+    there_and_back(&mut after).await.unwrap();
+    assert_eq!(soon("the end", before.read(&mut [0])).await.unwrap(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_leads_to_another_target() {
+    let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let mut proxy = Proxy::start(gone).await;
+    proxy.lead_to(echo().await).await;
+    let mut socket = TcpStream::connect(proxy.addr()).await.unwrap();
+    there_and_back(&mut socket).await.unwrap();
+}
+
+/// A server that says something and is gone, with unread input: its reset overtakes nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_sent_before_a_reset_arrives() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let proxy = Proxy::start(listener.local_addr().unwrap()).await;
+    let mut socket = TcpStream::connect(proxy.addr()).await.unwrap();
+    proxy.delay(Duration::from_millis(100));
+    let (mut server, _) = listener.accept().await.unwrap();
+    socket.write_all(b"unread").await.unwrap();
+    server.readable().await.unwrap();
+    server.write_all(b"0123456789").await.unwrap();
+    drop(server);
+    back(&mut socket).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -43,6 +43,11 @@ impl Redis {
 
     /// Starts the server on the same port, empty.
     pub async fn restart(&mut self) {
+        self.restart_with(&[]).await;
+    }
+
+    /// As [`Redis::restart`], with more arguments for this time.
+    pub async fn restart_with(&mut self, arguments: &[&str]) {
         let child = Command::new("redis-server")
             .args([
                 "--port",
@@ -56,6 +61,7 @@ impl Redis {
             ])
             .args(["--dir", &std::env::temp_dir().to_string_lossy()])
             .args(&self.arguments)
+            .args(arguments)
             .stdout(Stdio::null())
             .spawn()
             .expect("redis-server is installed (.ci/run installs it)");
@@ -90,6 +96,21 @@ impl Redis {
         let client = redis::Client::open(self.url())?;
         let mut connection = client.get_multiplexed_async_connection().await?;
         redis::cmd(arguments[0]).arg(&arguments[1..]).query_async(&mut connection).await
+    }
+
+    /// A field of `INFO`.
+    pub async fn info(&self, section: &str, field: &str) -> Option<String> {
+        let info: String = self.query(&["INFO", section]).await.ok()?;
+        let value = info.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+        value.map(|value| value.trim_end().to_owned())
+    }
+
+    /// Waits until a field of `INFO` has a value.
+    pub async fn await_info(&self, section: &str, field: &str, expected: &str) {
+        eventually(&format!("{field}:{expected}"), async || {
+            (self.info(section, field).await? == expected).then_some(())
+        })
+        .await;
     }
 
     /// How many clients of Redis are subscribed to a channel.

@@ -26,11 +26,8 @@ use super::told::{self, Frame};
 /// How long connecting, and any single write, may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A `ping` is sent so often.
-const PING_INTERVAL: Duration = Duration::from_secs(2);
-
-/// A connection on which nothing at all came for so long is dead.
-const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// Pings in the time after which a silent connection is dead.
+const PINGS: u32 = 5;
 
 /// After a subscribe that could not be carried out, unless the server says when to try again.
 const RETRY: Duration = Duration::from_millis(500);
@@ -45,6 +42,8 @@ pub(crate) struct Client {
     random: StdRng,
     /// How long it stays on average before it leaves on purpose; none: it never does.
     stay: Option<Duration>,
+    /// A connection on which nothing at all came for so long is dead.
+    silence: Duration,
     slots: Vec<Slot>,
     by_name: HashMap<String, usize>,
     comeback: Comeback,
@@ -90,7 +89,13 @@ impl End {
 }
 
 impl Client {
-    pub(crate) fn new(stage: Arc<Stage>, channels: &[usize], stay: Option<Duration>, random: StdRng) -> Self {
+    pub(crate) fn new(
+        stage: Arc<Stage>,
+        channels: &[usize],
+        stay: Option<Duration>,
+        silence: Duration,
+        random: StdRng,
+    ) -> Self {
         let slot = |channel: &usize| Slot {
             channel: *channel,
             state: State::Off,
@@ -100,7 +105,7 @@ impl Client {
         };
         let by_name = channels.iter().enumerate().map(|(at, channel)| (stage.channels[*channel].clone(), at)).collect();
         let (slots, comeback) = (channels.iter().map(slot).collect(), Comeback::default());
-        Self { stage, random, stay, slots, by_name, comeback, was_welcome: false, retry: None }
+        Self { stage, random, stay, silence, slots, by_name, comeback, was_welcome: false, retry: None }
     }
 
     /// Watches until the run is over. Returns what was seen, by channel.
@@ -173,7 +178,7 @@ impl Client {
         let mut phase = self.stage.watch();
         let mut leave = self.leave_at(*phase.borrow_and_update());
         let mut go = None;
-        let mut ping = Instant::now() + PING_INTERVAL;
+        let mut ping = Instant::now() + self.silence / PINGS;
         let mut heard = Instant::now();
         loop {
             tokio::select! {
@@ -195,10 +200,10 @@ impl Client {
                     }
                 }
                 () = sleep_until(ping) => {
-                    if heard.elapsed() > SILENCE_MAX {
+                    if heard.elapsed() > self.silence {
                         return End::lost("nothing came any more");
                     }
-                    ping = Instant::now() + PING_INTERVAL;
+                    ping = Instant::now() + self.silence / PINGS;
                     if let Err(end) = send(socket, r#"{"type":"ping"}"#.to_owned()).await {
                         return end;
                     }
