@@ -23,6 +23,9 @@ const DISCARD_BYTES_MAX: usize = 1 << 20;
 /// Of that, at once.
 const DISCARD_READ_BYTES: usize = 4096;
 
+/// The pause before more of it is read, where there is more: whoever was closed for sending too much sends on at full speed.
+const DISCARD_REST: Duration = Duration::from_millis(1);
+
 /// Ends the connection in the order of RFC 6455 §7.1.1: our close frame, end of our side, the peer's end.
 /// True if it came to that.
 pub(crate) async fn finish(connection: &Connection) -> bool {
@@ -48,8 +51,13 @@ async fn discard_input(connection: &Connection) -> bool {
         }
         match connection.socket().tcp().try_read(&mut [0; DISCARD_READ_BYTES]) {
             Ok(0) => return true,
-            Ok(len) if len < budget => budget -= len,
-            Ok(_) => return false,
+            Ok(len) if len >= budget => return false,
+            Ok(len) => {
+                budget -= len;
+                if len == DISCARD_READ_BYTES {
+                    tokio::time::sleep(DISCARD_REST).await;
+                }
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             // The close frame was sent; a peer that resets afterwards has ended the connection all the same.
             Err(_) => return true,

@@ -263,7 +263,12 @@ async fn replies_outlast_publications() {
         }
     }
     let frames = read_up_to(&mut slow, MESSAGES - 1).await;
-    assert_eq!(frames.iter().filter(|frame| frame["type"] == "pong").count(), pings);
+    let mut pongs = frames.iter().filter(|frame| frame["type"] == "pong").count();
+    // The last pings may have been read after the last publication was queued.
+    while pongs < pings {
+        let frame = slow.frame().await.expect("the connection lives");
+        pongs += usize::from(frame.payload == br#"{"type":"pong"}"#);
+    }
     let [oldest, ..] = dropped(&gateway).await;
     assert_eq!(check_gaps(&frames, &vec![Value::Null; MESSAGES as usize]), oldest);
     assert!(oldest > 0);
