@@ -8,12 +8,11 @@
 //!
 //! The model that this follows was tried against random worlds; `tests/it/continuity_model.rs` does the same to this.
 
-use std::collections::HashMap;
-
 use crate::cursor::{Cursor, Ids};
 use crate::history_store::{Content, Entry, Loss, Standing, Window};
-use crate::history_view::{Gap, GapReason, RECOVERY_EVENTS_MAX, REPLY_BYTES_MAX, Start, Told, with_gaps};
+use crate::history_view::{Gap, GapReason, RECOVERY_EVENTS_MAX, Start, Told, with_gaps};
 use crate::hold::Hold;
+use crate::joining::{Joiner, Waiting};
 
 /// Ids that are remembered, in multiples of the history's size.
 const REMEMBERED_SIZES: usize = 2;
@@ -78,9 +77,8 @@ pub struct Follow<J> {
     pub(crate) link: Option<Cursor>,
     /// Nothing is in common with what was: go on with what is newer than all.
     pub(crate) skips: bool,
-    /// Who waits for a read to be sent, and who for its answer.
-    joiners: Vec<Joiner<J>>,
-    serving: Vec<Joiner<J>>,
+    /// Who waits to be let in.
+    pub(crate) waiting: Waiting<J>,
     /// Messages that did not fit.
     pub(crate) hold: Hold,
     /// Messages that came so far.
@@ -90,21 +88,11 @@ pub struct Follow<J> {
     /// A read whose answer came before the messages of what it shows. While they are awaited those it is for are let in
     /// as soon as the last of them is there.
     early: Option<Window>,
-    /// What went by live since the read was sent, for those that it serves; `None` if nobody needs it, or it is too much.
-    recent: Option<Vec<Entry>>,
     is_confirmed: bool,
     pub(crate) busy: Busy,
     /// A read was asked for meanwhile.
     again: bool,
     pauses: bool,
-}
-
-#[derive(Debug)]
-struct Joiner<J> {
-    who: J,
-    after: Option<Cursor>,
-    /// A member that fell behind there.
-    is_behind: bool,
 }
 
 /// The request that is under way.
@@ -146,13 +134,11 @@ impl<J: PartialEq> Follow<J> {
             must: None,
             link: None,
             skips: false,
-            joiners: Vec::new(),
-            serving: Vec::new(),
+            waiting: Waiting::new(),
             hold: Hold::default(),
             number: 0,
             live: 0,
             early: None,
-            recent: None,
             is_confirmed: false,
             busy: Busy::Rest,
             again: false,
@@ -167,7 +153,7 @@ impl<J: PartialEq> Follow<J> {
 
     /// No request is under way, and nothing waits for one.
     pub fn is_at_rest(&self) -> bool {
-        self.busy == Busy::Rest && self.hold.is_empty() && self.joiners.is_empty() && self.serving.is_empty()
+        self.busy == Busy::Rest && self.hold.is_empty() && self.waiting.is_empty()
     }
 
     /// Redis confirmed the SUBSCRIBE: what came before is read now.
@@ -188,7 +174,7 @@ impl<J: PartialEq> Follow<J> {
 
     /// Whether somebody, or a message, waits for a read, be it for the next one.
     pub fn is_awaited(&self) -> bool {
-        !self.serving.is_empty() || !self.hold.is_empty() || (self.is_confirmed && !self.joiners.is_empty())
+        self.waiting.is_asked() || !self.hold.is_empty() || (self.is_confirmed && self.waiting.is_unasked())
     }
 
     /// Somebody subscribes, perhaps after a cursor. It is let in once a read says so that is sent after this, and after
@@ -203,7 +189,7 @@ impl<J: PartialEq> Follow<J> {
     }
 
     fn wait(&mut self, joiner: Joiner<J>, out: &mut Vec<Output<J>>) {
-        self.joiners.push(joiner);
+        self.waiting.push(joiner);
         if self.is_confirmed {
             self.check(out);
         }
@@ -211,10 +197,7 @@ impl<J: PartialEq> Follow<J> {
 
     /// Somebody that was not let in yet has gone. True if it waited.
     pub fn leave(&mut self, who: &J) -> bool {
-        let waiting = self.joiners.len() + self.serving.len();
-        self.joiners.retain(|joiner| joiner.who != *who);
-        self.serving.retain(|joiner| joiner.who != *who);
-        self.joiners.len() + self.serving.len() < waiting
+        self.waiting.remove(who)
     }
 
     /// Has the position checked: now and then while nothing comes, and when a link is back.
@@ -224,15 +207,12 @@ impl<J: PartialEq> Follow<J> {
             return;
         }
         self.again = false;
-        if self.is_confirmed {
-            self.serving.append(&mut self.joiners);
-        }
-        self.recent = (!self.serving.is_empty()).then(Vec::new);
+        self.waiting.ask(self.is_confirmed);
         self.live = 0;
         self.ring.widen(REMEMBERED_FOR_READ);
         self.busy = Busy::Reading { before: self.must.or(self.position), asked: self.number };
         // Whoever begins at the position has no need of what was before it.
-        let wants_past = self.serving.iter().any(|joiner| joiner.after.is_some() || self.is_cached);
+        let wants_past = self.waiting.wants_past(self.is_cached);
         let is_only_a_check = self.hold.is_empty() && !wants_past && self.must.is_none() && !self.skips;
         out.push(Output::Read { unless: self.position.filter(|_| is_only_a_check) });
     }
@@ -240,7 +220,7 @@ impl<J: PartialEq> Follow<J> {
     /// The pause is over.
     pub fn resume(&mut self, out: &mut Vec<Output<J>>) {
         self.pauses = false;
-        if self.position.is_some() || !self.joiners.is_empty() {
+        if self.position.is_some() || self.waiting.is_unasked() {
             self.check(out);
         }
     }
@@ -261,7 +241,8 @@ impl<J: PartialEq> Follow<J> {
     /// True: delivered, or known. False: the stream must be read.
     fn take(&mut self, entry: &Entry, out: &mut Vec<Output<J>>) -> bool {
         if Some(entry.previous) == self.position {
-            self.record(entry);
+            self.live += 1;
+            self.waiting.record(entry);
             self.advance(std::slice::from_ref(entry), None, out);
             return true;
         }
@@ -278,16 +259,6 @@ impl<J: PartialEq> Follow<J> {
 
     pub(crate) fn knows(&self, id: Cursor) -> bool {
         self.lost.has(id) || self.ring.has(id)
-    }
-
-    /// Keeps what goes by live for those who wait for a read.
-    fn record(&mut self, entry: &Entry) {
-        self.live += 1;
-        let Some(recent) = &mut self.recent else { return };
-        recent.push(entry.clone());
-        if recent.len() > RECOVERY_EVENTS_MAX || recent.iter().map(Entry::len).sum::<usize>() > REPLY_BYTES_MAX {
-            self.recent = None;
-        }
     }
 
     /// Passes entries that continue the position, or, with a reason for the gap, are next after it.
@@ -362,7 +333,7 @@ impl<J: PartialEq> Follow<J> {
             return out.push(Output::Fence);
         }
         if !self.catch_up(window, out) {
-            self.put_back();
+            self.waiting.put_back();
             return self.check(out);
         }
         self.take_held(window, asked, out);
@@ -378,7 +349,7 @@ impl<J: PartialEq> Follow<J> {
     }
 
     fn go_on(&mut self, out: &mut Vec<Output<J>>) {
-        if !self.hold.is_empty() || self.again || (!self.joiners.is_empty() && self.is_confirmed) {
+        if !self.hold.is_empty() || self.again || (self.waiting.is_unasked() && self.is_confirmed) {
             self.check(out);
         } else {
             self.ring.narrow();
@@ -454,41 +425,15 @@ impl<J: PartialEq> Follow<J> {
 
     /// Lets those in that the read was for.
     fn serve(&mut self, window: &Window, out: &mut Vec<Output<J>>) {
-        let recent = self.recent.take();
         let Some(position) = self.position else { return };
-        let since = self.since(window.top, position, recent.as_deref());
-        // Many come back at once, to few places.
-        let mut starts = HashMap::new();
-        let start = |after: Option<Cursor>, is_behind| match after.filter(|_| is_behind) {
-            Some(at) => window.catch_up(at, since, position),
-            None => window.start(after, since, position, self.is_cached),
-        };
-        for Joiner { who: joiner, after, is_behind } in std::mem::take(&mut self.serving) {
-            let start = starts.entry((after, is_behind)).or_insert_with(|| start(after, is_behind)).clone();
-            out.push(Output::Admit(Admission { joiner, start }));
+        for admission in self.waiting.let_in(window, &self.ring, position, self.is_cached) {
+            out.push(Output::Admit(admission));
             self.told_last.get_or_insert(position);
         }
     }
 
-    /// What went by live after the read, if it is known.
-    fn since<'a>(&self, top: Cursor, position: Cursor, recent: Option<&'a [Entry]>) -> Option<&'a [Entry]> {
-        if position == top {
-            return Some(&[]);
-        }
-        let passed = &self.ring.ids;
-        let count = passed.len() - 1 - passed.iter().rposition(|id| *id == top)?;
-        let recent = recent?;
-        Some(&recent[recent.len().checked_sub(count)?..])
-    }
-
-    pub(crate) fn put_back(&mut self) {
-        self.serving.append(&mut self.joiners);
-        std::mem::swap(&mut self.serving, &mut self.joiners);
-        self.recent = None;
-    }
-
     pub(crate) fn retry(&mut self, out: &mut Vec<Output<J>>) {
-        self.put_back();
+        self.waiting.put_back();
         self.pauses = true;
         out.push(Output::Pause);
     }

@@ -37,8 +37,8 @@
 //! # Continuity of a channel with history
 //! Without Redis: `history_memory` keeps the chains of `history_store`, and `channel_past` lets in who joins.
 //! With it: `publisher` → `history_redis` (scripts, which publish) → `multiplexer` → `following`, which guards `continuity`
-//! (with `losses`, its other half, and `hold`, where messages wait for a read) and carries out what that asks for: it tells
-//! `channel`, lets in who waited, and has `repair` read at Redis.
+//! (with `losses`, its other half, and `hold` and `joining`, where messages and subscribers wait for a read) and carries
+//! out what that asks for: it tells `channel`, lets in who waited, and has `repair` read at Redis.
 //! `history_view` says what is told of a read; `replay` encodes it once.
 //!
 //! # Where a channel is at Redis
@@ -170,6 +170,7 @@ pub(crate) mod losses;
 pub mod repair;
 pub mod replay;
 pub mod replication;
+pub(crate) mod joining;
 
 pub mod presence;
 pub mod presence_reader;

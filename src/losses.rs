@@ -37,7 +37,7 @@ impl<J: PartialEq> Follow<J> {
         let shared = link.or_else(|| self.ring.ids.iter().copied().filter(|id| window.has(*id)).max());
         let is_ahead = |position: Cursor| own != position && window.judge(position) == Standing::Fork;
         let is_older = self.position.is_some_and(is_ahead) && self.knows(window.top);
-        self.put_back();
+        self.waiting.put_back();
         self.busy = Busy::Marking { shared, own, stays: is_older || link.is_some() };
         out.push(Output::Mark(Loss { shared, own, passed: self.passed.ids.iter().copied().collect() }));
     }
