@@ -62,7 +62,7 @@ pub struct Follow<J> {
     /// Entries passed, in order, lost branches included: one unbroken piece that ends at the position.
     pub(crate) ring: Ids,
     /// Those of earlier pieces: never delivered again.
-    before: Ids,
+    pub(crate) before: Ids,
     /// The greatest id ever passed.
     newest: Cursor,
     /// Ids heard and known to be lost: late copies and what continues them are dropped.
@@ -77,6 +77,8 @@ pub struct Follow<J> {
     pub(crate) link: Option<Cursor>,
     /// Nothing is in common with what was: go on with what is newer than all.
     pub(crate) skips: bool,
+    /// What was lost on a branch that came back was found by the last read.
+    pub(crate) is_return_known: bool,
     /// Who waits to be let in.
     pub(crate) waiting: Waiting<J>,
     /// Messages that did not fit.
@@ -84,7 +86,7 @@ pub struct Follow<J> {
     /// Messages that came so far.
     number: u64,
     /// Entries that went by live since the read was sent.
-    live: usize,
+    pub(crate) live: usize,
     /// A read whose answer came before the messages of what it shows. While they are awaited those it is for are let in
     /// as soon as the last of them is there.
     early: Option<Window>,
@@ -134,6 +136,7 @@ impl<J: PartialEq> Follow<J> {
             must: None,
             link: None,
             skips: false,
+            is_return_known: false,
             waiting: Waiting::new(),
             hold: Hold::default(),
             number: 0,
@@ -296,7 +299,7 @@ impl<J: PartialEq> Follow<J> {
         let Busy::Reading { before, asked } = self.busy else { return };
         self.busy = Busy::Rest;
         let Some(window) = answer else { return self.retry(out) };
-        self.lost.ids.retain(|id| window.find(*id).is_none());
+        self.lost.ids.retain(|id| !window.has(*id));
         // Ahead of, or beside, what the read shows: with the position from before it was sent.
         if let Some(before) = before
             && (window.judge(before) == Standing::Fork || self.is_beside(before, window))
@@ -306,7 +309,7 @@ impl<J: PartialEq> Follow<J> {
         if self.must == before {
             (self.must, self.link) = (None, None);
         }
-        if let Some(own) = self.lost_of_held(window, asked) {
+        if let Some(own) = self.lost_of_held(window, asked).or_else(|| self.lost_of_passed(window)) {
             return self.mark(own, window, out);
         }
         self.settle(window, asked, false, out);

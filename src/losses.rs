@@ -31,12 +31,31 @@ impl<J: PartialEq> Follow<J> {
         Some(own)
     }
 
+    /// The chain begins anew, on a branch that was passed before: what followed there then, and is not there, is lost. The
+    /// newest of that.
+    pub(crate) fn lost_of_passed(&mut self, window: &Window) -> Option<Cursor> {
+        let is_known = std::mem::take(&mut self.is_return_known);
+        let is_continued = |position| !self.skips && window.judge(position) != Standing::Old;
+        if is_known || self.position.is_none_or(is_continued) {
+            return None;
+        }
+        let mut passed: Vec<_> = self.before.ids.iter().chain(&self.ring.ids).copied().collect();
+        passed.truncate(passed.len().saturating_sub(self.live));
+        let link = passed.iter().rposition(|id| window.has(*id))?;
+        let lost: Vec<_> =
+            passed[link + 1..].iter().copied().filter(|id| window.judge(*id) == Standing::Fork).collect();
+        let own = lost.iter().copied().max()?;
+        lost.into_iter().for_each(|id| self.lost.push(id));
+        (self.must, self.link, self.is_return_known) = (Some(own), Some(passed[link]), true);
+        Some(own)
+    }
+
     /// Redis lost `own`.
     pub(crate) fn mark(&mut self, own: Cursor, window: &Window, out: &mut Vec<Output<J>>) {
         let link = self.link.filter(|link| window.has(*link));
         let shared = link.or_else(|| self.ring.ids.iter().copied().filter(|id| window.has(*id)).max());
         let is_ahead = |position: Cursor| own != position && window.judge(position) == Standing::Fork;
-        let is_older = self.position.is_some_and(is_ahead) && self.knows(window.top);
+        let is_older = self.position.is_some_and(is_ahead) && self.ring.has(window.top);
         self.waiting.put_back();
         self.busy = Busy::Marking { shared, own, stays: is_older || link.is_some() };
         out.push(Output::Mark(Loss { shared, own, passed: self.passed.ids.iter().copied().collect() }));

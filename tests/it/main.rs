@@ -31,6 +31,7 @@ mod config;
 mod continuity_instances;
 mod continuity_judge;
 mod continuity_model;
+mod continuity_stories;
 mod continuity_world;
 mod deploy;
 mod drain;
