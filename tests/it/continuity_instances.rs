@@ -30,7 +30,7 @@ impl World {
             let slot = self.instances[instance].slots.get_mut(&channel).unwrap();
             match output {
                 Output::Tell(told) => {
-                    slot.saw.extend(told.cursor());
+                    told.cursor().into_iter().for_each(|event| slot.see(event));
                     for client in &slot.clients {
                         self.connections[*client].inbox.push((channel, item(&told)));
                     }
@@ -102,7 +102,7 @@ impl World {
                 self.notice(instance, channel, &all);
                 let slot = self.instances[instance].slots.get_mut(&channel).unwrap();
                 slot.follow.read_answered(Some(&given), &mut out);
-                let read = Via::Read(self.answers, at);
+                let read = Via::Read(self.answers, at, all.top);
                 let is_live = |cursor: Option<Cursor>| cursor.is_some_and(|cursor| given.find(cursor).is_none());
                 self.obey(instance, channel, out, |cursor| if is_live(cursor) { Via::Live } else { read });
             }
@@ -113,11 +113,14 @@ impl World {
         }
     }
 
-    /// Truth, not protocol: this instance, which had taken an event in, has just read a stream without it, early enough.
+    /// Truth, not protocol: this instance, which had taken an event in, has asked for the stream after that and just read
+    /// one without it, early enough. What it took in while the read was under way may have been appended since.
     fn notice(&mut self, instance: usize, channel: usize, all: &Window) {
         let mut due = Vec::new();
-        for id in &self.instances[instance].slots[&channel].saw {
-            if self.due.contains(&(channel, *id)) || self.is_on(channel, *id, all.top) {
+        let chain = self.chain(channel, all.top);
+        let slot = &self.instances[instance].slots[&channel];
+        for (id, reads) in &slot.saw {
+            if *reads == slot.reads || chain.contains(id) || self.due.contains(&(channel, *id)) {
                 continue;
             }
             let horizon = all.entries.first().filter(|first| *id > first.id).map(|first| first.previous);

@@ -3,16 +3,17 @@
 //! A lineage is a client's log of a channel from one `recovered: false` to the next. In each:
 //! 1. no event twice, and never back to an ancestor of one that was delivered;
 //! 2. between two events with no gap told between, and from the last one to the end, nothing of the chain is missing;
-//! 3. of an acknowledged event that Redis lost after an instance had taken it in, and that the instance saw missing while
-//!    the place of the break was in the window: a gap or `recovered: false` after the last delivered ancestor and before
-//!    anything newer, except live events that were appended before the marker;
+//! 3. of an acknowledged event that Redis lost after an instance had taken it in, and that the instance asked for after
+//!    that and saw missing while the place of the break was in the window: a gap or `recovered: false` after the last
+//!    delivered ancestor and before anything newer, except live events that were appended before the marker, and what an
+//!    old primary showed that never had the marker;
 //! 4. the last publish arrives, and every acknowledged one was appended;
 //! 5. without loss at Redis: no marker, no gap with nothing missing, and every cursor recovers that the stream can serve;
 //! 6. a marker only if its id is really lost, and one per shared id;
 //! 7. what a gap names is so: `next` is what comes next, `after` is an id that was, and where nothing is lost at Redis what
 //!    the client was told last; where nothing fails at all there is no gap.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 
 use hubcast::cursor::Cursor;
 use hubcast::history_view::{Gap, GapReason};
@@ -30,18 +31,28 @@ impl World {
     pub fn is_on(&self, channel: usize, id: Cursor, tip: Cursor) -> bool {
         let mut at = Some(tip);
         while let Some(here) = at.filter(|here| *here > id) {
-            at = self.truth[channel].get(&here).and_then(|truth| truth.parent);
+            at = self.parent(channel, here);
         }
         at == Some(id)
     }
 
+    fn parent(&self, channel: usize, id: Cursor) -> Option<Cursor> {
+        self.truth[channel].get(&id).and_then(|truth| truth.parent)
+    }
+
+    /// An id and all its ancestors.
+    pub fn chain(&self, channel: usize, id: Cursor) -> HashSet<Cursor> {
+        std::iter::successors(Some(id), |id| self.parent(channel, *id)).collect()
+    }
+
     /// The newest ancestor of an id on the chain that leads to `tip`.
     pub fn fork(&self, channel: usize, id: Cursor, tip: Cursor) -> Option<Cursor> {
-        let mut at = Some(id);
-        while let Some(here) = at.filter(|here| !self.is_on(channel, *here, tip)) {
-            at = self.truth[channel].get(&here).and_then(|truth| truth.parent);
+        let (mut id, mut tip) = (id, tip);
+        while id != tip {
+            let newer = if id > tip { &mut id } else { &mut tip };
+            *newer = self.parent(channel, *newer)?;
         }
-        at
+        Some(id)
     }
 
     fn is_event(&self, channel: usize, id: Cursor) -> bool {
@@ -51,9 +62,10 @@ impl World {
     /// Events on the chain to `tip` that are not on the one to `from`.
     fn events_between(&self, channel: usize, from: Cursor, tip: Cursor) -> Vec<Cursor> {
         let (mut events, mut at) = (Vec::new(), Some(tip));
-        while let Some(here) = at.filter(|here| !self.is_on(channel, *here, from)) {
+        let fork = self.fork(channel, from, tip);
+        while let Some(here) = at.filter(|_| at != fork) {
             events.extend(self.is_event(channel, here).then_some(here));
-            at = self.truth[channel].get(&here).and_then(|truth| truth.parent);
+            at = self.parent(channel, here);
         }
         events
     }
@@ -94,7 +106,7 @@ pub fn judge(world: &mut World, clients: &[Client], counts: &mut Counts) -> Resu
         let lost: Vec<_> = world.truth[channel].keys().copied().filter(is_lost).collect();
         counts.losses_seen += lost.iter().filter(|id| world.due.contains(&(channel, **id))).count();
         let slots = world.instances.iter().filter_map(|instance| instance.slots.get(&channel));
-        let kept = slots.flat_map(|slot| slot.saw.iter().copied()).collect();
+        let kept = slots.flat_map(|slot| slot.saw.keys().copied()).collect();
         let last = world.publishes.iter().rposition(|(at, _)| *at == channel).unwrap_or(0);
         for (number, client) in clients.iter().enumerate().filter(|(_, client)| client.channels.contains(&channel)) {
             let who = format!("client {number} on {channel}");
@@ -234,11 +246,12 @@ impl Case<'_> {
         let Self { world, channel, who, .. } = self;
         let Log::Subscribed { via: first, .. } = log[0] else { return Ok(()) };
         for lost in self.lost.iter().filter(|lost| !delivered.contains(lost) && places[0].1 != **lost) {
-            let before = places.iter().rev().find(|(_, place)| world.is_on(*channel, *place, *lost));
+            let chain = world.chain(*channel, *lost);
+            let before = places.iter().rev().find(|(_, place)| chain.contains(place));
             let Some(&(start, ancestor)) = before else { continue };
             // Lost, or on another node, before this client began.
             let appended = world.truth[*channel][lost].at;
-            if start == 0 && matches!(first, Via::Read(_, at) if appended <= at) {
+            if start == 0 && matches!(first, Via::Read(_, at, _) if appended <= at) {
                 continue;
             }
             let gap =
@@ -262,8 +275,8 @@ impl Case<'_> {
                     Log::Gap(_) => false,
                 });
                 let is_late = |marker: &Cursor| {
-                    let written = world.truth[*channel][marker].at;
-                    let was_read = matches!(via, Via::Read(_, at) if at > written);
+                    // A read at an old primary shows nothing of what was marked at the new one.
+                    let was_read = matches!(via, Via::Read(_, _, top) if world.is_on(*channel, *marker, top));
                     world.is_on(*channel, *marker, id)
                         || (is_same_read && was_read && world.is_on(*channel, *marker, self.top))
                 };

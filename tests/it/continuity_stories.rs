@@ -1,9 +1,17 @@
 //! Single stories of `continuity` that random worlds brought to light, told step by step.
 
+use std::collections::BTreeMap;
+use std::time::Duration;
+
 use bytes::Bytes;
 use hubcast::continuity::{Follow, Output};
 use hubcast::cursor::Cursor;
-use hubcast::history_store::{Content, Entry, Loss, Marked, Window};
+use hubcast::history_store::{Content, Entry, Loss, Marked, Retention, Window};
+use hubcast::history_view::{Gap, GapReason};
+
+use crate::continuity_judge::judge;
+use crate::continuity_model::{Client, Counts, Kind, Knobs, Log, Via};
+use crate::continuity_world::{Connection, Mark, World};
 
 fn at(ms: u64) -> Cursor {
     Cursor { ms, sequence: 7 }
@@ -15,6 +23,38 @@ fn event(ms: u64, previous: u64) -> Entry {
 
 fn marker(ms: u64, previous: u64, shared: u64) -> Entry {
     Entry { content: Content::Marker(Some(at(shared))), ..event(ms, previous) }
+}
+
+/// A world of one instance and one channel in which nothing happens by itself.
+fn quiet(kind: Kind) -> World {
+    let ttl = Duration::from_secs(6);
+    let retention = Retention { size: 3, ttl, position_ttl: 3 * ttl };
+    let (instances, channels, clients, retained) = (1, 1, 0, 1);
+    let (slow, lost, doubled, swapped) = (0, 0, 0, 0);
+    let (seed, is_cached) = (1, false);
+    World::new(Knobs {
+        seed,
+        kind,
+        retention,
+        is_cached,
+        instances,
+        channels,
+        clients,
+        retained,
+        slow,
+        lost,
+        doubled,
+        swapped,
+    })
+}
+
+/// Publishes at a node, at once, and with success.
+fn publish(world: &mut World, node: usize) -> Cursor {
+    let (number, retention, at) = (world.publishes.len(), world.retention(), world.moment(node));
+    let entry = world.nodes[node].chains[0].publish(number.to_string().into_bytes().into(), &retention, at);
+    world.spread(node, 0, &entry);
+    world.publishes.push((0, true));
+    entry.id
 }
 
 /// What the last read shows, and what is asked for then.
@@ -58,4 +98,68 @@ fn what_followed_on_a_branch_that_comes_back_is_marked() {
     follow.marked(Some(Marked::Written(at(12))), &mut Vec::new());
     answer(&mut follow, &[marker(12, 10, 10)], 12);
     assert_eq!((follow.position(), follow.is_at_rest()), (Some(at(12)), true), "it is marked once");
+}
+
+/// Of the judge: an event that comes while the answer to a read is under way may be newer than that. Only the next read
+/// shows whether it is lost.
+#[test]
+fn an_answer_says_nothing_of_what_came_after_the_question() {
+    let mut world = quiet(Kind::Rewind);
+    let (inbox, afters) = (Vec::new(), BTreeMap::new());
+    world.connections.push(Connection { instance: 0, is_open: true, inbox, afters });
+    world.join(0, 0, None);
+    world.run_until(10);
+    let before = world.nodes[0].chains.clone();
+    world.with(0, 0, |slot, out| slot.follow.check(out));
+    world.knobs.slow = 1000;
+    world.run_until(10);
+    world.knobs.slow = 0;
+    world.publish(0);
+    world.run_until(10);
+    let slot = &world.instances[0].slots[&0];
+    assert!(!slot.follow.is_at_rest(), "the answer is under way");
+    assert!(slot.saw.contains_key(&slot.follow.position().unwrap()), "the event has come");
+    world.run_until(1500);
+    assert!(world.due.is_empty(), "{:?}", world.due);
+    world.change_primary(before, 0, false);
+    world.run_until(2000);
+    assert_eq!((world.due.len(), world.marks.len()), (1, 1));
+}
+
+/// Of the judge: the old primary lives on while the new one has the marker. Who reads at the old one is not shown it, and
+/// is told once its instance reads at the new one; who reads at the new one is told before anything else.
+#[test]
+fn what_an_old_primary_shows_comes_before_the_gap() {
+    let mut world = quiet(Kind::Zombie);
+    let shared = publish(&mut world, 0);
+    let copy = world.nodes[0].chains.clone();
+    world.run_until(50);
+    let own = publish(&mut world, 0);
+    world.change_primary(copy.clone(), 0, false);
+    world.change_primary(copy, 0, true);
+    let (zombie, primary) = (1, 2);
+    let (loss, retention, at) =
+        (Loss { shared: Some(shared), own, passed: vec![] }, world.retention(), world.moment(2));
+    let (_, marker) = world.nodes[primary].chains[0].mark(&loss, &retention, at);
+    let marker = marker.unwrap();
+    world.spread(primary, 0, &marker);
+    world.marks.push(Mark { channel: 0, id: marker.id, loss, same: 0 });
+    world.due.insert((0, own));
+    world.run_until(100);
+    let [old, new] = [zombie, primary].map(|node| publish(&mut world, node));
+    let mut judge_read = |top: Cursor, told: Cursor| {
+        let (via, is_visible) = (Via::Read(2, 100, top), true);
+        let subscribed = |recovered, after, via| Log::Subscribed { cursor: shared, recovered, after, is_visible, via };
+        let gap = |after| Log::Gap(Gap { after: Some(after), next: None, reason: GapReason::Upstream });
+        let mut client = Client::new([0].into(), false);
+        let log = [subscribed(false, None, Via::Read(1, 0, shared)), subscribed(true, Some(shared), via)];
+        let mut log = Vec::from(log);
+        log.extend([Log::Event(told, via), gap(told)]);
+        log.extend((told != new).then_some(Log::Event(new, Via::Live)));
+        client.logs.insert(0, log);
+        judge(&mut world, &[client], &mut Counts::default())
+    };
+    assert_eq!(judge_read(old, old), Ok(()));
+    let judged = judge_read(new, new).unwrap_err();
+    assert!(judged.starts_with("3: ") && judged.contains("told only after"), "{judged}");
 }

@@ -57,8 +57,14 @@ pub struct Slot {
     pub is_changing: bool,
     pub idle_since: Option<u64>,
     pub reads: usize,
-    /// Events that the instance took in.
-    pub saw: BTreeSet<Cursor>,
+    /// Events that the instance took in, and how many reads it had sent before.
+    pub saw: BTreeMap<Cursor, usize>,
+}
+
+impl Slot {
+    pub fn see(&mut self, event: Cursor) {
+        self.saw.entry(event).or_insert(self.reads);
+    }
 }
 
 #[derive(Default)]
@@ -264,7 +270,9 @@ impl World {
                 if self.is_current(instance, connection) && self.instances[instance].slots.contains_key(&channel) {
                     let is_event = entry.marker().is_none();
                     self.with(instance, channel, |slot, out| {
-                        slot.saw.extend(is_event.then_some(entry.id));
+                        if is_event {
+                            slot.see(entry.id);
+                        }
                         slot.follow.message(entry, out);
                     });
                 }
@@ -377,7 +385,7 @@ impl World {
     }
 
     /// An entry was appended: it is noted, and sent to those who are subscribed there.
-    fn spread(&mut self, node: usize, channel: usize, entry: &Entry) {
+    pub fn spread(&mut self, node: usize, channel: usize, entry: &Entry) {
         self.note_genesis(channel, entry.previous);
         let number = match &entry.content {
             Content::Event(payload) => Some(str::from_utf8(payload).unwrap().parse().unwrap()),
