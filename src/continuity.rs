@@ -405,12 +405,14 @@ impl<J: PartialEq> Follow<J> {
         self.newest = self.newest.max(window.top);
     }
 
-    /// Takes what was held and fits where the channel stands. What does not, is older, and not another branch's, was passed.
+    /// Takes what was held and fits where the channel stands, up to where the window goes on: that has the gaps in their
+    /// places. What does not fit, is older, and not another branch's, was passed.
     fn take_fitting(&mut self, window: &Window, out: &mut Vec<Output<J>>) {
         let mut hold = std::mem::take(&mut self.hold);
         hold.retain(|_, entry| {
             let is_passed = |position| entry.id <= position && window.judge(entry.id) != Standing::Fork;
-            !self.take(entry, out) && !self.position.is_some_and(is_passed)
+            let goes_on = self.position.is_some_and(|position| window.judge(position) == Standing::On);
+            goes_on || (!self.take(entry, out) && !self.position.is_some_and(is_passed))
         });
         self.hold = hold;
     }

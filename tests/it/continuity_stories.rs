@@ -7,7 +7,7 @@ use bytes::Bytes;
 use hubcast::continuity::{Follow, Output};
 use hubcast::cursor::Cursor;
 use hubcast::history_store::{Content, Entry, Loss, Marked, Retention, Window};
-use hubcast::history_view::{Gap, GapReason};
+use hubcast::history_view::{Gap, GapReason, Told};
 
 use crate::continuity_judge::judge;
 use crate::continuity_model::{Client, Counts, Kind, Knobs, Log, Via};
@@ -98,6 +98,21 @@ fn what_followed_on_a_branch_that_comes_back_is_marked() {
     follow.marked(Some(Marked::Written(at(12))), &mut Vec::new());
     answer(&mut follow, &[marker(12, 10, 10)], 12);
     assert_eq!((follow.position(), follow.is_at_rest()), (Some(at(12)), true), "it is marked once");
+}
+
+/// Messages that did not fit wait for a read; what it shows goes between them. A gap stands after the shared id, not after
+/// what had been waiting.
+#[test]
+fn a_gap_stands_before_what_had_waited() {
+    let mut follow = Follow::new(6, false);
+    follow.confirmed(&mut Vec::new());
+    answer(&mut follow, &[], 10);
+    follow.message(event(14, 11), &mut Vec::new());
+    follow.message(event(11, 10), &mut Vec::new());
+    let told = answer(&mut follow, &[event(11, 10), event(14, 11), marker(15, 14, 11)], 15);
+    let event = |ms| Output::Tell(Told::Event { cursor: at(ms), payload: Bytes::from_static(b"1") });
+    let gap = Gap { after: Some(at(11)), next: Some(at(14)), reason: GapReason::Upstream };
+    assert_eq!(told[..3], [event(11), Output::Tell(Told::Gap(gap)), event(14)]);
 }
 
 /// Of the judge: an event that comes while the answer to a read is under way may be newer than that. Only the next read
