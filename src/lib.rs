@@ -166,11 +166,11 @@ pub mod history_redis;
 pub mod history_store;
 pub mod history_view;
 pub(crate) mod hold;
+pub(crate) mod joining;
 pub(crate) mod losses;
 pub mod repair;
 pub mod replay;
 pub mod replication;
-pub(crate) mod joining;
 
 pub mod presence;
 pub mod presence_reader;
