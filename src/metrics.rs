@@ -112,13 +112,7 @@ impl Default for Metrics {
         Self {
             connections: register(r, "connections", "Open WebSocket connections"),
             connections_total: register(r, "connections_opened", "WebSocket connections opened"),
-            closed: labelled(
-                r,
-                "connections_closed",
-                "WebSocket connections closed, by reason",
-                "reason",
-                CloseReason::LABELS,
-            ),
+            closed: closed(r),
             refused: refused(r),
             api_refused: api_refused(r),
             limited: limited(r),
@@ -156,13 +150,7 @@ impl Default for Metrics {
             ),
             redis_servers: register(r, "redis_servers", "Redis servers that there are to be connections to"),
             links: links(r),
-            reconnects: labelled(
-                r,
-                "redis_reconnects",
-                "Redis connections made anew after a loss",
-                "link",
-                ["subscribe", "publish", "registry"],
-            ),
+            reconnects: reconnects(r),
             resubscribes: register(r, "redis_resubscribes", "Channels subscribed again after a reconnect"),
             gaps: register(r, "gaps", "Channels whose subscribers were told a gap"),
             recoveries: recoveries(r),
@@ -314,6 +302,16 @@ fn labelled<const N: usize>(
     let family = Family::<Labels, Count>::default();
     registry.register(name, help, family.clone());
     values.map(|value| family.get_or_create_owned(&[(label, value)]))
+}
+
+fn closed(registry: &mut Registry) -> Labelled<{ CloseReason::LABELS.len() }> {
+    let help = "WebSocket connections closed, by reason";
+    labelled(registry, "connections_closed", help, "reason", CloseReason::LABELS)
+}
+
+fn reconnects(registry: &mut Registry) -> Labelled<3> {
+    let help = "Redis connections made anew after a loss";
+    labelled(registry, "redis_reconnects", help, "link", ["subscribe", "publish", "registry"])
 }
 
 fn api_refused(registry: &mut Registry) -> Labelled<3> {
