@@ -136,6 +136,9 @@ async fn what_is_published_during_the_drain_reaches_those_still_open() {
     let mut clients = join_all((0..20).map(|_| Client::subscribed(&gateway, "c"))).await;
     let broker = Arc::clone(gateway.broker());
     let mut draining = tokio::spawn(gateway.drain());
+    for client in &mut clients {
+        assert_eq!(client.json().await["type"], "draining");
+    }
     let mut published = 0;
     let mut interval = tokio::time::interval(std::time::Duration::from_millis(5));
     let drained = loop {
@@ -152,7 +155,6 @@ async fn what_is_published_during_the_drain_reaches_those_still_open() {
         if published == 1 {
             for mut client in clients.drain(..) {
                 tokio::spawn(async move {
-                    assert_eq!(client.json().await["type"], "draining");
                     let mut next = 0;
                     loop {
                         match client.message().await {
