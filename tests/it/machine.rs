@@ -1,5 +1,6 @@
 //! What the machine does to the gateway: no more files, no processor for a while, another time.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -90,12 +91,14 @@ struct Strace(Child);
 impl Strace {
     /// Has every write to a client's socket fail with ENOBUFS from now on; `None` where that cannot be done.
     fn fail_writes_to(target: &Target, client: &Raw) -> Option<Self> {
-        let port = client.socket.local_addr().unwrap().port();
+        // Both ports: at the same time a client of another story may have the same one, and so may one that just left.
+        let port = |address: SocketAddr| format!(":{:04X}", address.port());
+        let (ours, theirs) = (port(target.binary.public), port(client.socket.local_addr().unwrap()));
         let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
         // Local and remote address, state, queues, timers, retransmits, user, timeout, inode: proc_net_tcp(5).
         let inode = table.lines().find_map(|line| {
             let fields: Vec<_> = line.split_whitespace().collect();
-            fields[2].ends_with(&format!(":{port:04X}")).then(|| fields[9].to_owned())
+            (fields[1].ends_with(&ours) && fields[2].ends_with(&theirs)).then(|| fields[9].to_owned())
         });
         let socket = format!("socket:[{}]", inode.expect("the gateway's end of it"));
         let pid = target.binary.process.0.id().to_string();
