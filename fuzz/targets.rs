@@ -314,6 +314,10 @@ impl Subscriber for Counter {
     fn has_room(&self) -> bool {
         true
     }
+
+    fn has_all(&self) -> bool {
+        true
+    }
 }
 
 /// Each byte is an operation on the table of subscriptions; sets in a `HashMap` say what must be the case.

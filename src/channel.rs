@@ -84,8 +84,11 @@ pub(crate) struct State<S> {
     /// Subscriptions that are confirmed to the client once the channel is live.
     pub(crate) pending: Members<Pending<S>>,
     pub(crate) upstream: Upstream,
-    /// Where members stand, on a channel with history.
-    pub(crate) cursor: Option<Cursor>,
+    /// Where the channel stands, if it has history.
+    pub(crate) position: Option<Cursor>,
+    /// The last cursor that its members were told; `None` while they were told different ones, as by entries that are no
+    /// events.
+    told: Option<Cursor>,
     /// When the last subscriber left (µs); `None` while there is one.
     pub(crate) idle_since_us: Option<u64>,
     /// The link was lost while there were members: they are told when it is back.
@@ -110,7 +113,8 @@ impl<S: Subscriber> Channel<S> {
             late: Vec::new(),
             pending: Members::default(),
             upstream,
-            cursor: None,
+            position: None,
+            told: None,
             idle_since_us: Some(clock::now_us()),
             owes_gap: false,
             is_removed: false,
@@ -162,8 +166,10 @@ impl<S: Subscriber> Channel<S> {
     pub fn gather(self: &Arc<Self>, message: Message<'_>, fanout: &mut Fanout<S>) {
         let mut state = self.state.lock();
         state.tell_late(fanout);
-        let before = state.cursor;
-        state.cursor = message.cursor.or(before);
+        let before = state.told;
+        if message.cursor.is_some() {
+            (state.position, state.told) = (message.cursor, message.cursor);
+        }
         if !Bundle::is_for(message.payload) || self.nature.slow.is_latest() {
             state.deliver(self, fanout);
             return state.push(&Publication::of(self.origin(before), &[message]), fanout);
@@ -208,7 +214,7 @@ impl<S: Subscriber> Channel<S> {
             if let Some(wish) = wish {
                 fanout.push(subscriber, &event::subscribed(wish.id, &self.name, None));
             }
-            return Join::Done(Ticket::Joined(state.enter(self, subscriber.clone())), false);
+            return Join::Done(Ticket::Joined(state.enter(self, subscriber.clone(), None)), false);
         }
         let (ticket, _) = state.wait(subscriber, wish);
         Join::Done(ticket, state.upstream == Upstream::Absent)
@@ -218,13 +224,13 @@ impl<S: Subscriber> Channel<S> {
     pub(crate) fn repeat(&self, ticket: &Ticket, subscriber: &S, wish: Wish<'_>, fanout: &mut Fanout<S>) -> bool {
         let mut state = self.state.lock();
         state.deliver(self, fanout);
-        let cursor = state.cursor;
+        let position = state.position;
         let pending = match ticket.place() {
             Place::Waiting(position) => state.pending.get_mut(position),
             Place::Joined(_) | Place::Nowhere => None,
         };
         let Some(pending) = pending else {
-            let start = cursor.map(Start::at);
+            let start = position.map(Start::at);
             fanout.push(subscriber, &event::subscribed(wish.id, &self.name, start.as_ref()));
             return true;
         };
@@ -337,8 +343,7 @@ impl<S: Subscriber> Channel<S> {
         }
         state.deliver(self, fanout);
         if std::mem::take(&mut state.owes_gap) {
-            let gap = Gap::upstream(state.cursor);
-            state.tell_gap(&self.name, &gap, fanout);
+            state.tell_gap(self, &Gap::upstream(None), fanout);
         }
         if self.nature.past.is_none() {
             for pending in state.pending.take_all() {
@@ -392,7 +397,7 @@ impl<S: Subscriber> Channel<S> {
     pub(crate) fn tell_gap(&self, gap: &Gap, fanout: &mut Fanout<S>) {
         let mut state = self.state.lock();
         state.deliver(self, fanout);
-        state.tell_gap(&self.name, gap, fanout);
+        state.tell_gap(self, gap, fanout);
     }
 
     /// What this instance knows of the past at Redis.
@@ -419,26 +424,19 @@ impl<S: Subscriber> State<S> {
         }
     }
 
-    /// From here on the subscriber is told what all are told.
-    pub(crate) fn enter(&mut self, channel: &Channel<S>, subscriber: S) -> Position {
+    /// From here on the subscriber is told what all are told; it was told of its start.
+    pub(crate) fn enter(&mut self, channel: &Channel<S>, subscriber: S, start: Option<&Start>) -> Position {
+        let told = start.map(Start::told);
+        if self.members.is_empty() {
+            self.told = told;
+        } else if self.told != told {
+            self.told = None;
+        }
         if channel.has_presence() {
             subscriber.entered(&channel.name);
         }
         self.idle_since_us = None;
         self.members.insert(subscriber)
-    }
-
-    /// What the subscriber missed; raw ones get what is live and nothing else.
-    pub(crate) fn replay(&self, subscriber: &S, missed: &[Arc<Frame>], fanout: &mut Fanout<S>) {
-        if subscriber.format() == Format::Json && !missed.is_empty() {
-            fanout.replay(subscriber, missed);
-        }
-    }
-
-    /// A subscriber of a channel with history begins.
-    pub(crate) fn begin(&mut self, start: &Start, fanout: &mut Fanout<S>) {
-        self.cursor = Some(start.position);
-        fanout.recoveries[usize::from(start.recovered)] += usize::from(start.is_resumed);
     }
 
     /// The walk: pushes a publication to every member, in one go.
@@ -465,16 +463,27 @@ impl<S: Subscriber> State<S> {
         !self.late.is_empty()
     }
 
-    /// Raw subscribers get payloads and nothing else: for them a gap is only counted.
-    fn tell_gap(&mut self, name: &str, gap: &Gap, fanout: &mut Fanout<S>) {
+    /// Raw subscribers get payloads and nothing else: for them a gap is only counted. It names no cursors to those whose
+    /// queue may lose, or has lost, the events beside it.
+    fn tell_gap(&mut self, channel: &Channel<S>, gap: &Gap, fanout: &mut Fanout<S>) {
         fanout.gaps += 1;
-        self.tell(&event::gap(name, gap), fanout);
+        let gap = Gap { after: self.told, ..*gap };
+        let exact = event::gap(&channel.name, &gap);
+        if !channel.nature.slow.is_lossy() {
+            return self.tell(&exact, fanout);
+        }
+        let vague = event::gap(&channel.name, &Gap { after: None, next: None, ..gap });
+        self.tell_each(|member| if member.has_all() { &exact } else { &vague }, fanout);
     }
 
     fn tell(&mut self, frame: &Arc<Frame>, fanout: &mut Fanout<S>) {
+        self.tell_each(|_| frame, fanout);
+    }
+
+    fn tell_each<'a>(&mut self, frame: impl Fn(&S) -> &'a Arc<Frame>, fanout: &mut Fanout<S>) {
         let late = fanout.late.len();
         for member in self.members.iter().filter(|member| member.format() == Format::Json) {
-            fanout.push(member, frame);
+            fanout.push(member, frame(member));
         }
         if self.late.is_empty() {
             self.late = fanout.late[late..].to_vec();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::behind::Backfill;
-use crate::channel::{Channel, Join, Past, Wish};
+use crate::channel::{Channel, Join, Past, State, Wish};
 use crate::continuity::Admission;
 use crate::cursor::Cursor;
 use crate::event;
@@ -13,6 +13,7 @@ use crate::history_store::Moment;
 use crate::history_view::{Gap, GapReason, Start, Told};
 use crate::members::Position;
 use crate::pending::Wants;
+use crate::publication::Format;
 use crate::replay::Replays;
 use crate::ticket::Ticket;
 use crate::upstream::Upstream;
@@ -41,7 +42,7 @@ impl<S: Subscriber> Channel<S> {
                     state.replay(subscriber, &frames, fanout);
                 }
                 state.begin(&start, fanout);
-                Join::Done(Ticket::Joined(state.enter(self, subscriber.clone())), false)
+                Join::Done(Ticket::Joined(state.enter(self, subscriber.clone(), Some(&start))), false)
             }
             Past::Redis(following) => following.with(Some(self), fanout, |follow, out, _| {
                 let mut state = self.state.lock();
@@ -110,5 +111,20 @@ impl<S: Subscriber> Channel<S> {
             state.begin(start, fanout);
             state.admit(self, pending, Some(start), &frames, fanout);
         }
+    }
+}
+
+impl<S: Subscriber> State<S> {
+    /// What the subscriber missed; raw ones get what is live and nothing else.
+    pub(crate) fn replay(&self, subscriber: &S, missed: &[Arc<Frame>], fanout: &mut Fanout<S>) {
+        if subscriber.format() == Format::Json && !missed.is_empty() {
+            fanout.replay(subscriber, missed);
+        }
+    }
+
+    /// A subscriber of a channel with history begins.
+    pub(crate) fn begin(&mut self, start: &Start, fanout: &mut Fanout<S>) {
+        self.position = Some(start.position);
+        fanout.recoveries[usize::from(start.recovered)] += usize::from(start.is_resumed);
     }
 }

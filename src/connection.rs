@@ -451,6 +451,10 @@ impl Subscriber for Arc<Connection> {
         self.outbox.has_room(&self.shared.outbox)
     }
 
+    fn has_all(&self) -> bool {
+        self.outbox.has_all()
+    }
+
     fn entered(&self, channel: &Arc<str>) {
         self.shared.presence.enter(channel, Member::new(self.user(), &self.id()));
     }

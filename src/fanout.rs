@@ -27,6 +27,9 @@ pub trait Subscriber: Clone {
     /// Whether publishers that found its outbox late may go on.
     fn has_room(&self) -> bool;
 
+    /// Whether it was sent everything, and lost nothing.
+    fn has_all(&self) -> bool;
+
     /// It is in a channel that has presence, and knows. No I/O, no wait: called under the channel's lock.
     fn entered(&self, _channel: &Arc<str>) {}
 

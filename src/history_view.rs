@@ -36,7 +36,7 @@ pub enum Told {
 /// Where continuity broke.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gap {
-    /// The last cursor told before, if there was one.
+    /// The last cursor told before, if there was one and it is known.
     pub after: Option<Cursor>,
     /// The cursor of the first event that follows, if one does at once.
     pub next: Option<Cursor>,
@@ -70,6 +70,11 @@ impl Start {
     /// At the newest event, with nothing told of the past.
     pub fn at(position: Cursor) -> Self {
         Self { position, cursor: position, recovered: false, is_resumed: false, missed: Arc::new([]) }
+    }
+
+    /// The last cursor that it is told with its start.
+    pub fn told(&self) -> Cursor {
+        self.missed.iter().rev().find_map(Told::cursor).unwrap_or(self.cursor)
     }
 
     /// The same for somebody who stands at `after` and is told what it `missed`, if that is known.

@@ -217,6 +217,11 @@ impl<L: Lock<State>> Outbox<L> {
         self.state.with(|state| state.is_closing() || state.is_at_most_half(limits))
     }
 
+    /// Whether everything is sent, and nothing was lost that makes the client stand elsewhere than others.
+    pub fn has_all(&self) -> bool {
+        self.state.with(|state| state.phase == Phase::Idle && state.queue.telling.is_none())
+    }
+
     /// One look of the sweep: gives back what a burst before the last look needed, and says whether the
     /// peer has been too slow at `now_us`: the oldest unsent frame is older than `age_us_max`, or the
     /// outbox stayed full. Both count from when the socket began to refuse.

@@ -80,7 +80,7 @@ impl<S: Subscriber> State<S> {
                     fanout.push(&subscriber, &event::subscribed(id.as_deref(), channel.name(), start));
                 }
                 self.replay(&subscriber, missed, fanout);
-                seat.join_at(self.enter(channel, subscriber));
+                seat.join_at(self.enter(channel, subscriber, start));
             }
             (Wants::Missed(at), start) => {
                 seat.leave();

@@ -43,6 +43,11 @@ impl SlowPolicy {
         matches!(self, Self::Latest(_))
     }
 
+    /// Whether publications give way.
+    pub fn is_lossy(&self) -> bool {
+        !matches!(self, Self::Close)
+    }
+
     /// How a publication gives way, if it does.
     pub fn lane(&self, payload: Payload<'_>) -> Option<EvictionLane> {
         match self {

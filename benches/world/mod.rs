@@ -37,6 +37,10 @@ impl Subscriber for Bare {
     fn has_room(&self) -> bool {
         self.0.has_room(&LIMITS)
     }
+
+    fn has_all(&self) -> bool {
+        self.0.has_all()
+    }
 }
 
 impl Bare {

@@ -189,6 +189,10 @@ impl Subscriber for Behind {
     fn has_room(&self) -> bool {
         !self.0.load(Ordering::Relaxed)
     }
+
+    fn has_all(&self) -> bool {
+        self.has_room()
+    }
 }
 
 /// The publisher is gone when the lane finds out that a subscriber is late: the next one waits for it.

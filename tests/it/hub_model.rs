@@ -50,6 +50,10 @@ impl Subscriber for Recorder {
     fn has_room(&self) -> bool {
         true
     }
+
+    fn has_all(&self) -> bool {
+        true
+    }
 }
 
 /// Most publications that wait in a channel.

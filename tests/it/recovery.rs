@@ -329,3 +329,29 @@ async fn back_is_quiet(client: &mut Client) -> Value {
     client.send(&json!({"type": "ping"})).await;
     client.json().await
 }
+
+/// Who came between two losses stands where no event is: neither is told the other's cursor.
+#[tokio::test]
+async fn a_gap_names_no_cursor_where_those_who_are_told_stand_at_different_ones() {
+    let redis = Redis::start().await;
+    let gateway = instance(&redis.url()).await;
+    let (mut early, _) = subscribe(&gateway, CHANNEL, None).await;
+    let lost = published(&gateway, 0..3).await;
+    expect_all(&mut early, &lost).await;
+    redis.command(&["FLUSHALL"]).await;
+    early.expect(&json!({"type": "gap", "channel": CHANNEL, "after": lost[2].0, "reason": "trimmed"})).await;
+    let (mut late, subscribed) = subscribe(&gateway, CHANNEL, None).await;
+    assert_ne!(subscribed["cursor"], json!(lost[2].0));
+    redis.command(&["FLUSHALL"]).await;
+    for client in [&mut early, &mut late] {
+        client.expect(&json!({"type": "gap", "channel": CHANNEL, "reason": "trimmed"})).await;
+    }
+    let both = published(&gateway, 3..4).await;
+    for client in [&mut early, &mut late] {
+        expect_all(client, &both).await;
+    }
+    redis.command(&["FLUSHALL"]).await;
+    for client in [&mut early, &mut late] {
+        client.expect(&json!({"type": "gap", "channel": CHANNEL, "after": both[0].0, "reason": "trimmed"})).await;
+    }
+}
