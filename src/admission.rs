@@ -96,7 +96,7 @@ impl Admission {
             ),
             users: Guests::new(
                 limits.connections_per_user,
-                Rate::UNLIMITED,
+                limits.handshakes_per_user.rate(),
                 is_authenticated.then(|| bounds(Scope::User)),
             ),
             instance: Some(bounds(Scope::Instance))
@@ -157,9 +157,12 @@ impl Admission {
     /// One more connection of a user, whatever its address; of nobody in particular there may be any number.
     ///
     /// # Errors
-    /// It has as many as it may have.
+    /// It has as many as it may have, or too many in a short time.
     pub fn admit_user(&self, user: Option<&str>, now_us: u64) -> Result<Stay<Box<str>>, Denied> {
-        let denied = |_| Denied { why: Refused::UserConnections, wait: random(PLACE_WAIT) };
+        let denied = |unwelcome| match unwelcome {
+            Unwelcome::Connections => Denied { why: Refused::UserConnections, wait: random(PLACE_WAIT) },
+            Unwelcome::Handshakes(wait) => Denied { why: Refused::UserRate, wait },
+        };
         user.map_or(Ok(Stay::default()), |user| self.users.enter(&user.into(), now_us).map_err(denied))
     }
 }
@@ -195,6 +198,7 @@ impl Denied {
             Refused::AddressConnections => "too many connections from this address",
             Refused::AddressRate => "too many connections in a short time from this address",
             Refused::UserConnections => "too many connections of this user",
+            Refused::UserRate => "too many connections in a short time of this user",
             Refused::Memory => "too much waits for slow clients",
             Refused::Pending | Refused::Rate => "too many connect at once",
             _ => "too many connections",

@@ -126,6 +126,8 @@ pub enum Refused {
     AddressRate,
     /// `HUBCAST_CONNECTIONS_PER_ADDRESS` is reached.
     AddressConnections,
+    /// `HUBCAST_HANDSHAKES_PER_USER` is reached.
+    UserRate,
     /// `HUBCAST_CONNECTIONS_PER_USER` is reached.
     UserConnections,
     /// Not from a listed proxy, or without its header, and `HUBCAST_PROXY_PROTOCOL` is on.
@@ -141,7 +143,7 @@ pub enum Refused {
 }
 
 impl Refused {
-    pub(crate) const LABELS: [&'static str; 15] = [
+    pub(crate) const LABELS: [&'static str; 16] = [
         "limit",
         "draining",
         "handshake",
@@ -151,6 +153,7 @@ impl Refused {
         "pending",
         "address_rate",
         "address_connections",
+        "user_rate",
         "user_connections",
         "proxy_protocol",
         "tls",

@@ -48,6 +48,8 @@ pub struct LimitsConfig {
     pub handshakes_pending_max: usize,
     /// `HUBCAST_HANDSHAKES_PER_ADDRESS`
     pub handshakes_per_address: Count,
+    /// `HUBCAST_HANDSHAKES_PER_USER`
+    pub handshakes_per_user: Count,
     /// `HUBCAST_CONNECTIONS_PER_ADDRESS`; 0: no limit.
     pub connections_per_address: usize,
     /// `HUBCAST_CONNECTIONS_PER_USER`; 0: no limit.
@@ -133,6 +135,7 @@ impl LimitsConfig {
             handshakes: Count(handshakes),
             handshakes_pending_max: values.number("HUBCAST_HANDSHAKES_PENDING_MAX")?,
             handshakes_per_address: Count(count("HUBCAST_HANDSHAKES_PER_ADDRESS")?),
+            handshakes_per_user: Count(count("HUBCAST_HANDSHAKES_PER_USER")?),
             connections_per_address: count("HUBCAST_CONNECTIONS_PER_ADDRESS")?,
             connections_per_user: count("HUBCAST_CONNECTIONS_PER_USER")?,
             commands: Count(count("HUBCAST_COMMANDS_PER_SECOND")?),
@@ -168,6 +171,7 @@ impl LimitsConfig {
             "HUBCAST_HANDSHAKES_PER_SECOND" => self.handshakes.0.to_string(),
             "HUBCAST_HANDSHAKES_PENDING_MAX" => self.handshakes_pending_max.to_string(),
             "HUBCAST_HANDSHAKES_PER_ADDRESS" => self.handshakes_per_address.0.to_string(),
+            "HUBCAST_HANDSHAKES_PER_USER" => self.handshakes_per_user.0.to_string(),
             "HUBCAST_CONNECTIONS_PER_ADDRESS" => self.connections_per_address.to_string(),
             "HUBCAST_CONNECTIONS_PER_USER" => self.connections_per_user.to_string(),
             "HUBCAST_COMMANDS_PER_SECOND" => self.commands.0.to_string(),

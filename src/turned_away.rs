@@ -24,7 +24,7 @@ impl Denied {
     /// 429 if it is the client's own doing, else 503.
     pub fn status(&self) -> StatusCode {
         match self.why {
-            Refused::AddressConnections | Refused::AddressRate | Refused::UserConnections => {
+            Refused::AddressConnections | Refused::AddressRate | Refused::UserConnections | Refused::UserRate => {
                 StatusCode::TOO_MANY_REQUESTS
             }
             _ => StatusCode::SERVICE_UNAVAILABLE,

@@ -139,6 +139,11 @@ pub const VARIABLES: &[Variable] = &[
         "The same a second for one address (of IPv6: one /64); more get 429. Off: behind a proxy all have one address.",
     ),
     variable(
+        "HUBCAST_HANDSHAKES_PER_USER",
+        "0",
+        "Connections of one user a second, by token, twice as many at once; more get 429. Off: reconnecting is what pages do when a network comes back; 1 to 5 stops a page that loops.",
+    ),
+    variable(
         "HUBCAST_CONNECTIONS_PER_ADDRESS",
         "0",
         "Connections of one address; more get 429. Off, as above; 100 leaves room for an office behind one.",

@@ -275,6 +275,27 @@ async fn connections_of_a_user_are_counted_by_its_token() {
     .await;
 }
 
+/// So is how often they come, from any address: whoever loops is sent away and told when to come, and nobody else is.
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_of_a_user_in_a_short_time_are_counted_by_its_token() {
+    let gateway = guarded(&[("HUBCAST_HANDSHAKES_PER_USER", "1")]);
+    for _ in 0..2 {
+        let (client, _) = shown(&gateway, json!({"sub": "alice"})).await;
+        drop(client);
+    }
+    let mut by_command = Client::connect(&gateway).await;
+    by_command.send(&json!({"type": "auth", "token": token(json!({"sub": "alice"}))})).await;
+    let (code, reason) = by_command.close_frame().await;
+    assert_eq!((code, reason.as_str()), (1013, "too many connections in a short time of this user"));
+    assert_eq!(by_query(&gateway, &token(json!({"sub": "bob"}))).await, 101);
+    assert_eq!(by_query(&gateway, &token(json!({"sub": "alice"}))).await, 429);
+    assert!(metric(&gateway, r#"hubcast_connections_refused_total{reason="user_rate"}"#).await >= 1.0);
+    eventually("a token of the bucket", async || {
+        (by_query(&gateway, &token(json!({"sub": "alice"}))).await == 101).then_some(())
+    })
+    .await;
+}
+
 /// Over all instances, for those who come later, and for one that begins later.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_revoked_is_cut_everywhere() {
