@@ -132,7 +132,8 @@ call(publish, args[6], head .. id .. ' ' .. last .. ' ' .. content)
 /// Answers the id; one that was given before in a list.
 const PUBLISHED: &str = "return id\n";
 
-/// After the shared arguments: the shared id or `-`, the own id, and the markers that were passed.
+/// After the shared arguments: the shared id or `-`, the own id, and the markers that were passed. Without a shared id no
+/// marker that is older than the own id stands for its loss.
 const MARK_UNLESS: &str = r"
 local field, head, own, passed = 'm', '\255\1m ', args[8], {}
 for i = 9, #args do
@@ -144,7 +145,7 @@ if own == last or #call('XRANGE', stream, own, own) > 0 then
     call('SET', top, last, 'PX', format('%d', keep + ttl))
     return {'exists', last}
 end
-for _, entry in ipairs(call('XRANGE', stream, '-', '+')) do
+for _, entry in ipairs(call('XRANGE', stream, content == '-' and own or '-', '+')) do
     if entry[2][3] == 'm' and entry[2][4] == content and (content ~= '-' or not passed[entry[1]]) then
         call('SET', top, last, 'PX', format('%d', keep + ttl))
         return {'already', entry[1]}

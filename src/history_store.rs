@@ -112,7 +112,7 @@ pub struct Loss {
     pub shared: Option<Cursor>,
     /// The id that must be lost.
     pub own: Cursor,
-    /// Markers without a shared id that are known already.
+    /// Markers without a shared id that are known already; nor does one count that is older than what is lost.
     pub passed: Vec<Cursor>,
 }
 
@@ -283,7 +283,8 @@ impl Chain {
             return (Marked::Exists, None);
         }
         let says_it = |entry: &&Entry| {
-            entry.marker() == Some(loss.shared) && (loss.shared.is_some() || !loss.passed.contains(&entry.id))
+            let is_of_this = || entry.id > loss.own && !loss.passed.contains(&entry.id);
+            entry.marker() == Some(loss.shared) && (loss.shared.is_some() || is_of_this())
         };
         if let Some(marker) = self.stream.iter().find(says_it) {
             return (Marked::Already(marker.id), None);
