@@ -12,7 +12,7 @@ use crate::cursor::{Cursor, Ids};
 use crate::history_store::{Content, Entry, Loss, Standing, Window};
 use crate::history_view::{Gap, GapReason, RECOVERY_EVENTS_MAX, Start, Told, with_gaps};
 use crate::hold::Hold;
-use crate::joining::{Joiner, Waiting};
+use crate::joining::{Joiner, Joining};
 
 /// Ids that are remembered, in multiples of the history's size.
 const REMEMBERED_SIZES: usize = 2;
@@ -80,7 +80,7 @@ pub struct Follow<J> {
     /// What was lost on a branch that came back was found by the last read.
     pub(crate) is_return_known: bool,
     /// Who waits to be let in.
-    pub(crate) waiting: Waiting<J>,
+    pub(crate) waiting: Joining<J>,
     /// Messages that did not fit.
     pub(crate) hold: Hold,
     /// Messages that came so far.
@@ -137,7 +137,7 @@ impl<J: PartialEq> Follow<J> {
             link: None,
             skips: false,
             is_return_known: false,
-            waiting: Waiting::new(),
+            waiting: Joining::new(),
             hold: Hold::default(),
             number: 0,
             live: 0,

@@ -9,7 +9,7 @@ use crate::history_view::{RECOVERY_EVENTS_MAX, REPLY_BYTES_MAX};
 
 /// Those who wait for the answer to a read, and those who came after it was sent.
 #[derive(Debug)]
-pub(crate) struct Waiting<J> {
+pub(crate) struct Joining<J> {
     /// For a read to be sent.
     joiners: Vec<Joiner<J>>,
     /// For its answer.
@@ -27,7 +27,7 @@ pub(crate) struct Joiner<J> {
     pub(crate) is_behind: bool,
 }
 
-impl<J: PartialEq> Waiting<J> {
+impl<J: PartialEq> Joining<J> {
     /// Nobody.
     pub(crate) fn new() -> Self {
         Self { joiners: Vec::new(), serving: Vec::new(), recent: None }

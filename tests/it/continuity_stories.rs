@@ -29,22 +29,19 @@ fn marker(ms: u64, previous: u64, shared: u64) -> Entry {
 fn quiet(kind: Kind) -> World {
     let ttl = Duration::from_secs(6);
     let retention = Retention { size: 3, ttl, position_ttl: 3 * ttl };
-    let (instances, channels, clients, retained) = (1, 1, 0, 1);
-    let (slow, lost, doubled, swapped) = (0, 0, 0, 0);
-    let (seed, is_cached) = (1, false);
     World::new(Knobs {
-        seed,
+        seed: 1,
         kind,
         retention,
-        is_cached,
-        instances,
-        channels,
-        clients,
-        retained,
-        slow,
-        lost,
-        doubled,
-        swapped,
+        is_cached: false,
+        instances: 1,
+        channels: 1,
+        clients: 0,
+        retained: 1,
+        slow: 0,
+        lost: 0,
+        doubled: 0,
+        swapped: 0,
     })
 }
 
