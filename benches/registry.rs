@@ -3,7 +3,6 @@
 
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a report, and a bench may panic")]
 
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +11,9 @@ use hubcast::redis_link::{Access, Endpoint};
 use hubcast::registry::{Registry, Roll, Settings};
 use hubcast::registry_writer;
 use serde_json::{Value, json};
+use server::Server;
+
+mod server;
 
 /// Connections that nobody made.
 struct Synthetic(u64);
@@ -41,15 +43,6 @@ impl Roll for Synthetic {
     fn note_link(&self, _is_up: bool, _was_up: bool) {}
 }
 
-struct Redis(Child);
-
-impl Drop for Redis {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// CPU time of a process so far, in seconds.
 fn cpu_seconds(pid: u32) -> f64 {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
@@ -64,18 +57,10 @@ fn main() {
     // Under `cargo test` only that it runs counts.
     let is_bench = std::env::args().any(|argument| argument == "--bench");
     let (connections, seconds) = if is_bench { (100_000, 30) } else { (1_000, 1) };
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    drop(listener);
-    let child = Command::new("redis-server")
-        .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", ""])
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("redis-server is installed");
-    let redis = Redis(child);
+    let server = Server::start();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     runtime.block_on(async {
-        let client = redis::Client::open(format!("redis://127.0.0.1:{port}/")).unwrap();
+        let client = server.client();
         let access = Access::new(client.get_connection_info().clone(), &"bench".into());
         let place = Place::Server(Endpoint::fixed(access));
         let settings = Settings { key_prefix: "ws:".into(), lease: Duration::from_secs(30) };
@@ -92,11 +77,11 @@ fn main() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         println!("{connections} connections are registered after {:.2} s", started.elapsed().as_secs_f64());
-        let before = (cpu_seconds(std::process::id()), cpu_seconds(redis.0.id()));
+        let before = (cpu_seconds(std::process::id()), cpu_seconds(server.process.id()));
         tokio::time::sleep(Duration::from_secs(seconds)).await;
         let share = |pid, before| (cpu_seconds(pid) - before) / seconds as f64 * 100.0;
         let own = share(std::process::id(), before.0);
-        println!("while they stay: {own:.2} % of a core here, {:.2} % in Redis", share(redis.0.id(), before.1));
+        println!("while they stay: {own:.2} % of a core here, {:.2} % in Redis", share(server.process.id(), before.1));
         keeping.abort();
     });
 }

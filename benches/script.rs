@@ -3,13 +3,15 @@
 
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a report, and a bench may panic")]
 
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use hubcast::history_redis::Place;
 use hubcast::history_store::Retention;
 use hubcast::topology::Topology;
 use redis::{Connection, Pipeline, Script};
+use server::Server;
+
+mod server;
 
 /// No predecessor, no position, no age, no id that never comes again.
 const CHEAPEST: &str = r"
@@ -32,29 +34,12 @@ struct Extent {
 const FULL: Extent = Extent { rounds: 25, pipelines: 100, payloads: &[128, 1024], channels: &[1, 20, 1000] };
 const BRIEF: Extent = Extent { rounds: 3, pipelines: 5, payloads: &[128], channels: &[1] };
 
-struct Redis(Child);
-
-impl Drop for Redis {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn start() -> (Redis, Connection) {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    drop(listener);
-    let child = Command::new("redis-server")
-        .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", ""])
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("redis-server is installed");
-    let redis = Redis(child);
-    let client = redis::Client::open(format!("redis://127.0.0.1:{port}/")).unwrap();
+fn start() -> (Server, Connection) {
+    let server = Server::start();
+    let client = server.client();
     for _ in 0..200 {
         match client.get_connection() {
-            Ok(connection) => return (redis, connection),
+            Ok(connection) => return (server, connection),
             Err(_) => std::thread::park_timeout(Duration::from_millis(50)),
         }
     }
