@@ -75,7 +75,7 @@ if last then
         local start = 14 - #args[2]
         id = sub(ms, 1, start) == sub(was, 1, start) and ms .. args[4]
     end
-    if id and (#content > 512 or random % 8 == 0) then
+    if id and (#content > 2048 or random % 8 == 0) then
         id = call('XADD', stream, 'NOMKSTREAM', 'MAXLEN', '~', args[1], id, 'p', last, field, content)
     elseif id then
         id = call('XADD', stream, 'NOMKSTREAM', id, 'p', last, field, content)

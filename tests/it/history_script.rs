@@ -76,7 +76,7 @@ async fn bad_arguments_for_a_channel_that_there_is_change_nothing() {
         redis.query::<String>(&words).await
     };
     publish("10 600000 86400000 5 PUBLISH c x").await.expect("a cursor");
-    let big = "x".repeat(600);
+    let big = "x".repeat(2100);
     for arguments in [
         format!("x 600000 86400000 5 PUBLISH c {big}"),
         format!("-5 600000 86400000 5 PUBLISH c {big}"),
