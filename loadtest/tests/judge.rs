@@ -258,6 +258,18 @@ fn a_resume_that_says_so_has_all() {
     run().client("sub:new 0#0 end@1900 sub:resumed@3100 gap 0#2 0#3").is_good();
 }
 
+/// Elsewhere it was known of the loss, and marked behind what this instance had let it resume to.
+#[test]
+fn whoever_resumed_after_a_loss_may_be_told_a_moment_later() {
+    let run = || Run::new(1, 4).with_history();
+    let verdict = run().client("sub:new 0#0 end@1900 sub:resumed@3100 0#2 gap 0#3").is_good();
+    assert_eq!((verdict.told_late, verdict.told_missing), (1, 0));
+    // Not who was there when it was published, or resumed before, nor for ever.
+    run().client("sub:new 0#0 0#2 gap 0#3").is_bad(&["lost 0 0#1"]);
+    run().client("sub:new 0#0 end@1900 sub:resumed@1950 0#2 gap 0#3").is_bad(&["lost 0 0#1"]);
+    run().client("sub:new 0#0 end@1900 sub:resumed@3100 0#2 0#3 gap@9000000").is_bad(&["lost 0 0#1"]);
+}
+
 #[test]
 fn a_resume_that_says_no_covers_what_came_in_between() {
     let run = || Run::new(1, 4).with_history();

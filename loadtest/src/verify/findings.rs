@@ -81,6 +81,7 @@ impl Evidence {
         report.figure("deliveries", verdict.deliveries as f64, "");
         report.figure("deliveries demanded", verdict.demanded as f64, "");
         report.figure("of these missing, and told so", verdict.told_missing as f64, "");
+        report.figure("told a moment after a resume", verdict.told_late as f64, "");
         report.figure("gaps told", verdict.gaps as f64, "");
         report.figure("channels resumed in full", verdict.resumed as f64, "");
         report.figure("channels told to reload", verdict.not_resumed as f64, "");

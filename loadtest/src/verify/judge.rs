@@ -1,7 +1,9 @@
 //! The judge: holds what clients saw against what publishers were answered, channel by channel. Pure.
 //!
 //! - What was answered 200 came once, or the client was told that something is missing just there: by a `gap`, or by
-//!   a `subscribed` that does not continue. Demanded is what was begun to be published after the first `subscribed`.
+//!   a `subscribed` that does not continue. Demanded is what was begun to be published after the first `subscribed`. Whoever
+//!   resumed after the message was lost, at an instance that never had it, may be told a moment later: once one that had
+//!   it has marked the loss.
 //! - Nothing comes twice, nothing that was refused, nothing that nobody published, nothing without a subscription.
 //! - The messages of one publisher come in its order, and there is one order that all clients saw.
 //! - Cursors are the ones that the publisher was answered, and continue where they say.
@@ -15,6 +17,9 @@ use crate::report::Violation;
 
 /// Violations of one kind that are told in full; all are counted.
 const TOLD_MAX: usize = 100;
+
+/// How long after a resume a client may be told of what was lost before it.
+const LATE_US: u64 = 5_000_000;
 
 /// What is known of one channel.
 pub(crate) struct Channel<'a> {
@@ -36,6 +41,8 @@ pub(crate) struct Verdict {
     pub demanded: u64,
     /// Those that did not come, at places where the client was told that something is missing.
     pub told_missing: u64,
+    /// Those of which it was told a moment after it had resumed.
+    pub told_late: u64,
     pub gaps: u64,
     pub resumed: u64,
     pub not_resumed: u64,
@@ -320,6 +327,10 @@ impl<'a> Case<'a> {
                 verdict.told_missing += 1;
                 continue;
             }
+            if is_told_late(log, until, publication) {
+                verdict.told_late += 1;
+                continue;
+            }
             verdict.violation("lost", || {
                 let (started, ended) = (publication.started_us as f64 / 1e6, publication.ended_us as f64 / 1e6);
                 let (first, last) = (after.unwrap_or(0) as usize, until.map_or(log.entries.len(), |at| at as usize));
@@ -329,6 +340,20 @@ impl<'a> Case<'a> {
             });
         }
     }
+}
+
+/// Whether a client that resumed after the publish, before the place where it belongs ends, was told of a gap soon after.
+fn is_told_late(log: &Log, until: Option<u32>, publication: &Publication) -> bool {
+    let told = |entry: &Entry| match entry {
+        Entry::Told(told) => Some(&log.told[*told as usize]),
+        Entry::Event { .. } => None,
+    };
+    let (before, after) = log.entries.split_at(until.map_or(log.entries.len(), |at| at as usize));
+    let is_subscribed = |told: &&Told| matches!(told.what, What::Subscribed { .. });
+    let Some(start) = before.iter().rev().filter_map(told).find(is_subscribed) else { return false };
+    let is_resumed = matches!(start.what, What::Subscribed { recovered: Some(true), .. });
+    let is_gap = |told: &Told| matches!(told.what, What::Gap { .. }) && told.at_us <= start.at_us + LATE_US;
+    is_resumed && start.at_us > publication.ended_us && after.iter().filter_map(told).any(is_gap)
 }
 
 /// When the client was subscribed for the first time.
