@@ -166,7 +166,7 @@ impl<S: Subscriber> Channel<S> {
     pub fn gather(self: &Arc<Self>, message: Message<'_>, fanout: &mut Fanout<S>) {
         let mut state = self.state.lock();
         state.tell_late(fanout);
-        let before = state.told;
+        let before = state.standing();
         if message.cursor.is_some() {
             (state.position, state.told) = (message.cursor, message.cursor);
         }
@@ -224,13 +224,13 @@ impl<S: Subscriber> Channel<S> {
     pub(crate) fn repeat(&self, ticket: &Ticket, subscriber: &S, wish: Wish<'_>, fanout: &mut Fanout<S>) -> bool {
         let mut state = self.state.lock();
         state.deliver(self, fanout);
-        let position = state.position;
+        let standing = state.standing();
         let pending = match ticket.place() {
             Place::Waiting(position) => state.pending.get_mut(position),
             Place::Joined(_) | Place::Nowhere => None,
         };
         let Some(pending) = pending else {
-            let start = position.map(Start::at);
+            let start = standing.map(Start::at);
             fanout.push(subscriber, &event::subscribed(wish.id, &self.name, start.as_ref()));
             return true;
         };
@@ -417,6 +417,11 @@ impl<S: Subscriber> Channel<S> {
 }
 
 impl<S: Subscriber> State<S> {
+    /// Where its members stand if all stand at one place, else where the channel does.
+    fn standing(&self) -> Option<Cursor> {
+        self.told.or(self.position)
+    }
+
     pub(crate) fn deliver(&mut self, channel: &Channel<S>, fanout: &mut Fanout<S>) {
         if !self.gathered.is_empty() {
             let gathered = std::mem::take(&mut self.gathered);

@@ -141,7 +141,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "HUBCAST_HANDSHAKES_PER_USER",
         "0",
-        "Connections of one user a second, by token, twice as many at once; more get 429. Off: reconnecting is what pages do when a network comes back; 1 to 5 stops a page that loops.",
+        "Connections of one user a second, twice as many at once; more get 429. Off: reconnecting is what pages do when a network comes back; 1 to 5 stops a page that loops.",
     ),
     variable(
         "HUBCAST_CONNECTIONS_PER_ADDRESS",
