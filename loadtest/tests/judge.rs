@@ -84,6 +84,7 @@ impl Run {
                 "sub:resumed" => What::Subscribed { after: cursor, cursor, recovered: Some(true) },
                 "sub:elsewhere" => What::Subscribed { after: cursor, cursor: new, recovered: Some(true) },
                 "gap" => What::Gap { after: cursor, next: Mark::NONE, reason: "slow".into() },
+                "gap:upstream" => What::Gap { after: cursor, next: Mark::NONE, reason: "upstream".into() },
                 "gap:elsewhere" => What::Gap { after: new, next: Mark::NONE, reason: "slow".into() },
                 "gap:announced" => What::Gap { after: cursor, next: new, reason: "slow".into() },
                 "end" => What::Ended("1006".into()),
@@ -262,12 +263,13 @@ fn a_resume_that_says_so_has_all() {
 #[test]
 fn whoever_resumed_after_a_loss_may_be_told_a_moment_later() {
     let run = || Run::new(1, 4).with_history();
-    let verdict = run().client("sub:new 0#0 end@1900 sub:resumed@3100 0#2 gap 0#3").is_good();
+    let verdict = run().client("sub:new 0#0 end@1900 sub:resumed@3100 0#2 gap:upstream 0#3").is_good();
     assert_eq!((verdict.told_late, verdict.told_missing), (1, 0));
-    // Not who was there when it was published, or resumed before, nor for ever.
-    run().client("sub:new 0#0 0#2 gap 0#3").is_bad(&["lost 0 0#1"]);
-    run().client("sub:new 0#0 end@1900 sub:resumed@1950 0#2 gap 0#3").is_bad(&["lost 0 0#1"]);
-    run().client("sub:new 0#0 end@1900 sub:resumed@3100 0#2 0#3 gap@9000000").is_bad(&["lost 0 0#1"]);
+    // Not who was there when it was published, or resumed before, nor for ever, nor by any gap.
+    run().client("sub:new 0#0 0#2 gap:upstream 0#3").is_bad(&["lost 0 0#1"]);
+    run().client("sub:new 0#0 end@1900 sub:resumed@1950 0#2 gap:upstream 0#3").is_bad(&["lost 0 0#1"]);
+    run().client("sub:new 0#0 end@1900 sub:resumed@3100 0#2 0#3 gap:upstream@9000000").is_bad(&["lost 0 0#1"]);
+    run().client("sub:new 0#0 end@1900 sub:resumed@3100 0#2 gap 0#3").is_bad(&["lost 0 0#1"]);
 }
 
 #[test]

@@ -352,8 +352,10 @@ fn is_told_late(log: &Log, until: Option<u32>, publication: &Publication) -> boo
     let is_subscribed = |told: &&Told| matches!(told.what, What::Subscribed { .. });
     let Some(start) = before.iter().rev().filter_map(told).find(is_subscribed) else { return false };
     let is_resumed = matches!(start.what, What::Subscribed { recovered: Some(true), .. });
-    let is_gap = |told: &Told| matches!(told.what, What::Gap { .. }) && told.at_us <= start.at_us + LATE_US;
-    is_resumed && start.at_us > publication.ended_us && after.iter().filter_map(told).any(is_gap)
+    let is_mark = |told: &Told| {
+        matches!(&told.what, What::Gap { reason, .. } if reason == "upstream") && told.at_us <= start.at_us + LATE_US
+    };
+    is_resumed && start.at_us > publication.ended_us && after.iter().filter_map(told).any(is_mark)
 }
 
 /// When the client was subscribed for the first time.
