@@ -220,6 +220,15 @@ impl<J: PartialEq> Follow<J> {
         out.push(Output::Read { unless: self.position.filter(|_| is_only_a_check) });
     }
 
+    /// Redis may have lost something, or be back: a pause has no reason any more, and what is known is checked at once.
+    pub fn doubt(&mut self, out: &mut Vec<Output<J>>) {
+        if self.pauses {
+            self.resume(out);
+        } else if self.position.is_some() {
+            self.check(out);
+        }
+    }
+
     /// The pause is over.
     pub fn resume(&mut self, out: &mut Vec<Output<J>>) {
         self.pauses = false;

@@ -141,11 +141,13 @@ impl Followings {
         self.channels.is_empty()
     }
 
-    /// Has the positions of some channels checked, also those that are only retained.
+    /// Has the positions of some channels checked at once, also those that are only retained.
     pub fn check_where(&self, is_doubted: impl Fn(&str) -> bool) {
         let doubted = self.channels.iter().filter(|following| is_doubted(&following.name));
         let doubted: Vec<_> = doubted.map(|following| Arc::clone(&following)).collect();
-        doubted.iter().for_each(Following::check);
+        for following in doubted {
+            following.ask(Follow::doubt);
+        }
     }
 
     /// Has positions checked of which nothing was heard for about `interval`, and forgets channels that nobody has been

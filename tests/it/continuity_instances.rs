@@ -232,7 +232,7 @@ impl World {
             self.reconcile(instance, channel);
             // Also the positions that are only retained.
             if link == Link::Commands || !self.is_wanted(&self.instances[instance].slots[&channel]) {
-                self.with(instance, channel, |slot, out| slot.follow.check(out));
+                self.with(instance, channel, |slot, out| slot.follow.doubt(out));
             }
         }
     }

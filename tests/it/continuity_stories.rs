@@ -112,6 +112,27 @@ fn a_gap_stands_before_what_had_waited() {
     assert_eq!(told[..3], [event(11), Output::Tell(Told::Gap(gap)), event(14)]);
 }
 
+/// A read fails with its link. The next one does not wait for the pause: whoever resumes elsewhere has not been told yet
+/// what was lost. Nor is it asked for twice.
+#[test]
+fn a_new_link_ends_the_pause() {
+    let mut follow = Follow::<usize>::new(3, false);
+    follow.confirmed(&mut Vec::new());
+    answer(&mut follow, &[], 10);
+    let asked = |act: fn(&mut Follow<usize>, &mut Vec<Output<usize>>), follow: &mut Follow<usize>| {
+        let mut out = Vec::new();
+        act(follow, &mut out);
+        out
+    };
+    follow.check(&mut Vec::new());
+    assert_eq!(asked(|follow, out| follow.read_answered(None, out), &mut follow), [Output::Pause]);
+    assert_eq!(asked(Follow::check, &mut follow), [], "it pauses");
+    assert_eq!(asked(Follow::doubt, &mut follow), [Output::Read { unless: Some(at(10)) }]);
+    assert_eq!(asked(Follow::resume, &mut follow), [], "it is under way");
+    let loss = Loss { shared: None, own: at(10), passed: vec![] };
+    assert_eq!(answer(&mut follow, &[], 5), [Output::Mark(loss)]);
+}
+
 /// Of the judge: an event that comes while the answer to a read is under way may be newer than that. Only the next read
 /// shows whether it is lost.
 #[test]
