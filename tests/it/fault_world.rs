@@ -136,6 +136,11 @@ impl Instance {
         client
     }
 
+    /// Ends those of its links that are half open.
+    pub fn bury(&self) {
+        self.link.bury();
+    }
+
     pub async fn end(&mut self, signal: Signal) {
         if let Some(binary) = self.binary.take() {
             binary.process.signal(signal);
@@ -284,7 +289,7 @@ impl World {
             let links = async || (instance.link.connections() >= LINKS).then_some(());
             eventually("its connections to redis", links).await;
             // Redis sends to them still.
-            instance.link.bury();
+            instance.bury();
         }
         for channel in 0..CHANNELS {
             let redis_channel = format!("hub:verify:{channel}");
