@@ -17,7 +17,10 @@ use crate::redis_pair::Pair;
 /// What `verify` publishes to.
 pub const CHANNELS: usize = 4;
 
-const RULES: &str = r#"[{"match":"verify:*","presence":true,"history":{"size":1000,"ttl":"5m"}},{"match":"flood"}]"#;
+/// Who is here is told on a channel of its own: where joins may be missed a gap is told after each lost link, which would
+/// stand for any loss.
+const RULES: &str =
+    r#"[{"match":"verify:*","history":{"size":1000,"ttl":"5m"}},{"match":"here","presence":true},{"match":"flood"}]"#;
 
 /// Connections of an instance to Redis.
 const LINKS: usize = 3;
@@ -103,7 +106,7 @@ impl Instance {
 
     /// Where clients connect.
     pub fn url(&self) -> String {
-        format!("ws://{}/ws?user=somebody", self.clients.addr())
+        format!("ws://{}/ws?user=somebody&channels=here", self.clients.addr())
     }
 
     /// Where backends publish.

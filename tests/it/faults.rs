@@ -87,7 +87,7 @@ fn assert_each_ends(keys: &BTreeMap<String, i64>) {
 
 /// Whatever befell them, instances leave nothing at Redis that stays there.
 async fn assert_nothing_stays(world: &mut World) {
-    let client = world.instances[0].client("verify:0").await;
+    let client = world.instances[0].client("verify:0,here").await;
     let answer = http(&world.instances[0], "POST /api/publish/verify:0", "Idempotency-Key: k\r\n", b"1").await;
     assert_eq!(answer.status, 200, "{}", answer.body);
     let redis = world.pair.redis();
