@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use socket2::SockRef;
 use tokio::task::JoinHandle;
 
-use crate::harness::{Client, HANDSHAKE, Raw, Redis, await_metric, eventually, gateway, metric, publish, ready};
+use crate::harness::{Client, HANDSHAKE, Raw, Redis, await_metric, eventually, gateway, http, metric, publish, ready};
 
 const RULES: &str = r#"[
     {"match":"news","slow":"drop_oldest"},
@@ -246,6 +246,37 @@ async fn a_client_that_stalls_under_latest_has_the_newest_of_every_key() {
         // Up to the gap nothing is missing.
         assert_eq!(events[at - 2]["data"]["n"], at as u64 - 2);
     }
+}
+
+/// Redis is emptied while one client is slow. Whoever has all of it is told where that was; of the other's last cursor
+/// nothing is known, so it is told only that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gap_names_cursors_only_to_whom_nothing_else_is_missing() {
+    const MESSAGES: u64 = 1_000;
+    let redis = Redis::start().await;
+    let gateway = small(&[("HUBCAST_REDIS_URL", &redis.url())]);
+    ready(&gateway).await;
+    let mut slow = stalled(&gateway, "/ws?channels=rates", "").await;
+    let (mut fast, _) = crate::history::subscribe(&gateway, "rates", None).await;
+    await_metric(&gateway, "hubcast_subscriptions", 2.0).await;
+    let data = |n: u64| json!({"symbol": n % 7, "n": n, "filler": filler()}).to_string();
+    let mut last = Value::Null;
+    for n in 0..MESSAGES {
+        publish(&gateway, "rates", data(n).as_bytes()).await;
+        last = fast.json().await["cursor"].take();
+    }
+    assert!(dropped(&gateway).await[1] > 0, "the slow one misses some");
+    redis.command(&["FLUSHALL"]).await;
+    redis.command(&["CLIENT", "KILL", "TYPE", "normal"]).await;
+    fast.expect(&json!({"type": "gap", "channel": "rates", "after": last, "reason": "trimmed"})).await;
+    eventually("redis to take a publish", async || {
+        let path = "POST /api/publish/rates";
+        (http(&gateway, path, "", data(MESSAGES).as_bytes()).await.status == 200).then_some(())
+    })
+    .await;
+    let frames = read_up_to(&mut slow, MESSAGES).await;
+    let gaps: Vec<_> = frames.iter().filter(|frame| frame["reason"] == "trimmed").collect();
+    assert_eq!(gaps, [&json!({"type": "gap", "channel": "rates", "reason": "trimmed"})]);
 }
 
 /// Replies wait behind what they followed, and are never what goes.
