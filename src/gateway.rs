@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tracing::warn;
 
+use crate::accepting::Accepting;
 use crate::admission::Admission;
 use crate::api::Api;
 use crate::api_keys::ApiKeys;
@@ -72,6 +73,7 @@ pub struct Gateway {
     ended: Arc<Ended>,
     drain_time: Duration,
     tasks: Vec<JoinHandle<()>>,
+    _accepting: Accepting,
 }
 
 /// Counts the sessions that a drain waits for, and how they ended.
@@ -158,9 +160,12 @@ impl Gateway {
         let api = Arc::new(Api { broker: Arc::clone(&broker), keys: api_keys, body_timeout: config.handshake_timeout });
         let (handshake_timeout, drain_time) = (config.handshake_timeout, config.drain_time);
         let public = public(config, &broker, &ended, tls);
-        tasks.push(tokio::spawn(listen::public(listener, public)));
+        let accept_errors = broker.shared.metrics.accept_errors.clone();
+        let (accepting, accept) =
+            Accepting::start(listener, accept_errors, move |socket, remote| public.take(socket, remote))?;
+        tasks.push(accept);
         tasks.push(tokio::spawn(listen::internal(internal, api, handshake_timeout)));
-        Ok(Self { addr, internal_addr, broker, ended, drain_time, tasks })
+        Ok(Self { addr, internal_addr, broker, ended, drain_time, tasks, _accepting: accepting })
     }
 
     /// Where WebSocket clients connect.

@@ -13,7 +13,7 @@
 //! and `channel_past` brings it up again.
 //!
 //! # One command, from a socket to its reply
-//! `listen` (accept, `admission`, `proxy_protocol`, `tls`, `handshake`, `origin`, `proxies`) → `session` (read, `websocket` frames) → `protocol` (typed command) →
+//! `accepting` (a thread) → `listen` (`admission`, `proxy_protocol`, `tls`, `handshake`, `origin`, `proxies`) → `session` (read, `websocket` frames) → `protocol` (typed command) →
 //! `dispatch` (carried out, answered) → `hub` (join, or leave) → with Redis, `multiplexer` confirms the channel and lets the
 //! subscriber in.
 //!
@@ -60,6 +60,7 @@
 //!    except the publish itself.
 //! 8. A subscriber is told `subscribed` only when the channel is live.
 
+pub mod accepting;
 pub mod auth_config;
 pub mod config;
 pub mod edge_config;

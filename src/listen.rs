@@ -1,4 +1,4 @@
-//! The two accept loops, and a public connection's way from its first byte to its session.
+//! The accept loop of the API, and a public connection's way from its first byte to its session.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -20,6 +20,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
+use crate::accepting;
 use crate::access::{self, Who};
 use crate::admission::{Denied, Pending, Place};
 use crate::allowance::Allowance;
@@ -30,7 +31,7 @@ use crate::caller::Caller;
 use crate::clock::{self, micros};
 use crate::close::CloseReason;
 use crate::connection::Connection;
-use crate::gateway::Ended;
+use crate::gateway::{Ended, EndedGuard};
 use crate::guests::Stay;
 use crate::handshake::Mode;
 use crate::handshake::{self, Handshake};
@@ -61,12 +62,6 @@ const CROWDED_TIMEOUT: Duration = Duration::from_secs(2);
 /// Those that are idle end after the handshake timeout, so whoever waits has his turn.
 const INTERNAL_CONNECTIONS_MAX: usize = 128;
 
-/// Connections accepted before others have their turn: some 3 ms in a storm.
-const ACCEPTS_MAX: usize = 512;
-
-/// Longest pause after a failed accept, so that a full file table is no busy loop.
-const ACCEPT_PAUSE_MAX: Duration = Duration::from_millis(100);
-
 /// What the public listener needs.
 #[derive(Debug)]
 pub struct Public {
@@ -90,25 +85,6 @@ pub struct Public {
     pub is_echo_on: bool,
     /// Counts sessions for the drain.
     pub ended: Arc<Ended>,
-}
-
-/// Accepts WebSocket clients for ever, many in a row: who does not fit into the kernel's queue tries again after a second,
-/// and notices nothing of an answer that he could have had at once.
-pub async fn public(listener: TcpListener, public: Arc<Public>) {
-    for number in 1_usize.. {
-        if number.is_multiple_of(ACCEPTS_MAX) {
-            tokio::task::yield_now().await;
-        }
-        let (socket, remote) = tokio::task::unconstrained(accept(&listener, public.metrics())).await;
-        let is_tight = public.sessions.broker.shared.memory.is_tight();
-        match public.sessions.admission.admit(public.own_address(remote), is_tight, clock::now_us()) {
-            Ok((place, pending)) => {
-                let public = Arc::clone(&public);
-                tokio::spawn(async move { public.serve(socket, remote, (place, pending)).await });
-            }
-            Err(denied) => public.turn_away(socket, denied),
-        }
-    }
 }
 
 /// Accepts API clients for ever. Keep-alive and pipelining are hyper's; a burst of pipelined
@@ -151,7 +127,7 @@ async fn accept(listener: &TcpListener, metrics: &Metrics) -> (TcpStream, Socket
                 metrics.accept_errors.inc();
                 warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(ACCEPT_PAUSE_MAX);
+                pause = (pause * 2).min(accepting::PAUSE_MAX);
             }
         }
     }
@@ -184,6 +160,23 @@ struct Upgraded {
 /// Counts a connection among those of its user, and of its address where a proxy tells it.
 type Stays = (Stay<Box<str>>, Option<Stay<IpAddr>>);
 
+/// A connection that was admitted.
+struct Arrived {
+    socket: std::net::TcpStream,
+    peer: SocketAddr,
+    place: Place,
+    pending: Pending,
+    /// How long its handshake may take.
+    limit: Duration,
+}
+
+/// What counts a connection for as long as its session lives.
+struct Stayed {
+    guard: EndedGuard,
+    _stays: Stays,
+    _place: Place,
+}
+
 /// What a handshake came to.
 struct Accepted {
     upgrade: OnUpgrade,
@@ -194,12 +187,25 @@ struct Accepted {
 }
 
 impl Public {
+    /// A connection was accepted: lets it in, or turns it away. It has to return at once.
+    pub fn take(self: &Arc<Self>, socket: std::net::TcpStream, remote: SocketAddr) {
+        let is_tight = self.sessions.broker.shared.memory.is_tight();
+        match self.sessions.admission.admit(self.own_address(remote), is_tight, clock::now_us()) {
+            Ok((place, pending)) => {
+                let limit = self.handshake_limit();
+                let arrived = Box::new(Arrived { socket, peer: remote, place, pending, limit });
+                tokio::spawn(Arc::clone(self).serve(arrived));
+            }
+            Err(denied) => self.turn_away(socket, denied),
+        }
+    }
+
     fn metrics(&self) -> &Metrics {
         &self.sessions.broker.shared.metrics
     }
 
     /// Even refusing has a bound; beyond it nobody waits for the peer to read the answer.
-    fn turn_away(&self, socket: TcpStream, denied: Denied) {
+    fn turn_away(&self, socket: std::net::TcpStream, denied: Denied) {
         self.metrics().refused(denied.why);
         if self.tls.is_some() {
             // A handshake to say so would cost more than letting him in; without one he could not read it.
@@ -216,11 +222,24 @@ impl Public {
         }
     }
 
-    /// The whole life of a public connection.
-    async fn serve(&self, socket: TcpStream, peer: SocketAddr, (place, pending): (Place, Pending)) {
-        // Boxed, so that the HTTP phase's memory is gone while the session lives.
-        let Some(upgraded) = Box::pin(self.handshake(socket, peer)).await else { return };
-        let Upgraded { socket, behind, accepted: Accepted { mode, caller, remote, stay, .. } } = upgraded;
+    /// The whole life of a public connection. What it came with, and the HTTP phase's memory, are gone while the session
+    /// lives: this future is what each connection takes for as long as it is open.
+    async fn serve(self: Arc<Self>, arrived: Box<Arrived>) {
+        let Some((session, mut stayed)) = Box::pin(self.open(arrived)).await else { return };
+        stayed.guard.end = session.run().await;
+    }
+
+    /// Everything before the session, and the session.
+    async fn open(&self, arrived: Box<Arrived>) -> Option<(Box<Session>, Box<Stayed>)> {
+        let Arrived { socket, peer, place, pending, limit } = *arrived;
+        // It fails where no more can be watched.
+        let socket = TcpStream::from_std(socket).inspect_err(|error| {
+            warn!(%error, "cannot watch a connection");
+            self.metrics().accept_errors.inc();
+        });
+        let socket = socket.ok()?;
+        let Upgraded { socket, behind, accepted } = self.handshake(socket, peer, limit).await?;
+        let Accepted { mode, caller, remote, stay, .. } = accepted;
         let shares = self.shares(&caller, &stay, &place);
         // A stranger's handshake goes on until it has shown who it is.
         let pass = match (&caller, pending) {
@@ -229,7 +248,7 @@ impl Public {
             (Caller::Stranger(_), pending) => Some(Pass::stranger(pending)),
         };
         self.tune(socket.tcp());
-        let mut guard = self.ended.enter();
+        let guard = self.ended.enter();
         let shared = Arc::clone(&self.sessions.broker.shared);
         let first_ping_us = clock::now_us() + first_ping(self.sessions.ping_interval);
         let connection = Connection::open(shared, socket, remote, caller, mode.format(), first_ping_us);
@@ -238,10 +257,8 @@ impl Public {
             connection.close(CloseReason::Drain);
         }
         let allowance = Allowance::new(shares);
-        let session =
-            Session::new(connection, Arc::clone(&self.sessions), (pass, allowance), &behind, mode == Mode::Echo);
-        drop(behind);
-        guard.end = session.run(mode).await;
+        let session = Session::new(connection, Arc::clone(&self.sessions), (pass, allowance), &behind, mode);
+        Some((session, Box::new(Stayed { guard, _stays: stay, _place: place })))
     }
 
     /// What a connection shares with others: of the user whose token it has shown, of its address, of this instance.
@@ -255,10 +272,13 @@ impl Public {
         shares
     }
 
-    /// Everything before the session, within the handshake timeout.
-    async fn handshake(&self, socket: TcpStream, peer: SocketAddr) -> Option<Upgraded> {
+    fn handshake_limit(&self) -> Duration {
         let is_crowded = self.sessions.admission.is_crowded();
-        let limit = if is_crowded { self.handshake_timeout.min(CROWDED_TIMEOUT) } else { self.handshake_timeout };
+        if is_crowded { self.handshake_timeout.min(CROWDED_TIMEOUT) } else { self.handshake_timeout }
+    }
+
+    /// Everything before the session, within its time.
+    async fn handshake(&self, socket: TcpStream, peer: SocketAddr, limit: Duration) -> Option<Upgraded> {
         let arrival = tokio::time::timeout(limit, self.arrive(socket, peer)).await;
         arrival.unwrap_or_else(|_| {
             self.metrics().refused(Refused::Timeout);

@@ -121,6 +121,8 @@ pub struct Session {
     /// What it did in this turn.
     pub(crate) work: usize,
     is_echo: bool,
+    /// What it is to begin with.
+    mode: Option<Mode>,
     /// Answers that the current frame may still have.
     pub(crate) answers_left: usize,
     /// Read but not carried out yet: publishing has to wait.
@@ -132,16 +134,17 @@ pub struct Session {
 }
 
 impl Session {
-    /// A session on an open connection. `backlog` is what arrived right behind the upgrade request.
+    /// A session on an open connection. `backlog` is what arrived right behind the upgrade request. Boxed, since the
+    /// future of [`Session::run`] holds it twice.
     pub fn new(
         connection: Open,
         context: Arc<SessionContext>,
         (pass, allowance): (Option<Pass>, Allowance),
         backlog: &[u8],
-        is_echo: bool,
-    ) -> Self {
+        mode: Mode,
+    ) -> Box<Self> {
         let hub = Arc::clone(&context.broker.hub);
-        Self {
+        Box::new(Self {
             subscriptions: Subscriptions::new(hub, Arc::clone(&connection)),
             parser: Parser::new(context.message_bytes_max),
             connection,
@@ -152,23 +155,23 @@ impl Session {
             batch_us: clock::now_us(),
             rest: Duration::ZERO,
             work: 0,
-            is_echo,
+            is_echo: mode == Mode::Echo,
+            mode: Some(mode),
             answers_left: ANSWERS_MAX,
             backlog: backlog.to_vec(),
             late: Vec::new(),
             unqueued: Vec::new(),
-        }
+        })
     }
 
     /// Serves the connection until it ends. A panic is the end of this connection alone, and its peer is told.
-    pub async fn run(mut self, mode: Mode) -> End {
-        if AssertUnwindSafe(self.serve(mode)).catch_unwind().await.is_err() {
+    pub async fn run(mut self: Box<Self>) -> End {
+        if AssertUnwindSafe(self.serve()).catch_unwind().await.is_err() {
             self.connection.shared().metrics.panics.inc();
             self.connection.close(CloseReason::Internal);
         }
         // From here on nothing is delivered to this connection, and it holds nothing while it waits for its peer.
-        let Self { connection, subscriptions, parser, arriving, allowance, backlog, late, unqueued, .. } = self;
-        drop((subscriptions, parser, arriving, allowance, backlog, late, unqueued));
+        let (connection, _pass) = self.end();
         let is_clean = Box::pin(ending::finish(&connection)).await;
         let reason = connection.close_reason();
         debug!(connection = connection.id(), reason = reason.map(CloseReason::label), "disconnected");
@@ -179,10 +182,16 @@ impl Session {
         }
     }
 
-    async fn serve(&mut self, mode: Mode) {
+    /// What is left of it until the connection has ended: that still counts as its user's.
+    fn end(self: Box<Self>) -> (Open, Option<Box<Pass>>) {
+        (self.connection, self.pass)
+    }
+
+    async fn serve(&mut self) {
         debug!(connection = self.connection.id(), remote = %self.connection.remote(), "connected");
-        self.start(&mode);
-        drop(mode);
+        if let Some(mode) = self.mode.take() {
+            self.start(&mode);
+        }
         loop {
             if self.is_stalled() || !self.backlog.is_empty() {
                 Box::pin(self.pause()).await;

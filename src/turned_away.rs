@@ -1,7 +1,7 @@
 //! How a connection that was not admitted is told so: without HTTP's machinery, because a storm of them must
 //! cost less than those who are let in.
 
-use std::io;
+use std::io::{self, Write as _};
 use std::time::Duration;
 
 use hyper::StatusCode;
@@ -51,17 +51,18 @@ impl Denied {
 }
 
 /// Answers once the request has begun to arrive, and waits a moment for the peer to end the connection.
-pub(crate) async fn tell(socket: TcpStream, denied: Denied) {
+pub(crate) async fn tell(socket: std::net::TcpStream, denied: Denied) {
+    let Ok(socket) = TcpStream::from_std(socket) else { return };
     let _ = timeout(WAIT, socket.readable()).await;
-    tell_now(&socket, &denied);
+    let _ = socket.try_write(denied.response().as_bytes());
     let _ = SockRef::from(&socket).shutdown(std::net::Shutdown::Write);
     let _ = timeout(WAIT, discard(&socket)).await;
 }
 
 /// Answers as far as that can be done without waiting.
-pub(crate) fn tell_now(socket: &TcpStream, denied: &Denied) {
+pub(crate) fn tell_now(mut socket: &std::net::TcpStream, denied: &Denied) {
     // A fresh socket takes it whole; one that does not is gone.
-    let _ = socket.try_write(denied.response().as_bytes());
+    let _ = socket.write(denied.response().as_bytes());
 }
 
 async fn discard(socket: &TcpStream) {
