@@ -264,7 +264,9 @@ async fn records_that_nobody_takes_make_a_slow_consumer() {
     let closed = r#"hubcast_connections_closed_total{reason="slow_consumer"}"#;
     for _ in 0..200 {
         publish(&gateway, "c", payload.as_bytes()).await;
-        if metric(&gateway, "hubcast_outbox_frames").await > 0.0 {
+        // Not only until it is written.
+        let waits = async || metric(&gateway, "hubcast_outbox_frames").await > 0.0;
+        if waits().await && waits().await && waits().await {
             break;
         }
     }
