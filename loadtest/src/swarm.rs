@@ -154,8 +154,8 @@ impl Swarm {
 
     /// Starts as many connects as may be under way, a few at a time.
     pub(crate) fn connect_more(&mut self, registry: &Registry) -> anyhow::Result<()> {
-        let begun_us = now_us();
-        for (_, at) in self.later.extract_if(.., |(due_us, _)| *due_us <= begun_us) {
+        let turn_us = now_us();
+        for (_, at) in self.later.extract_if(.., |(due_us, _)| *due_us <= turn_us) {
             self.waiting.push_back(at);
         }
         for _ in self.connecting..self.plan.connecting_max.min(self.connecting + CONNECTS_A_TURN) {

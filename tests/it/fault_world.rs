@@ -23,7 +23,7 @@ const RULES: &str =
     r#"[{"match":"verify:*","history":{"size":1000,"ttl":"5m"}},{"match":"here","presence":true},{"match":"flood"}]"#;
 
 /// Connections of an instance to Redis.
-const LINKS: usize = 3;
+pub const LINKS: usize = 3;
 
 /// Something that fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
